@@ -1,0 +1,102 @@
+# Everything that a developer or a machine does here is a target; each does its own set-up, in virtual environments
+# below this folder. Needs Python 3.11 or newer and make. Another Python: make PYTHON=/path/to/python3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+PROTO_VENV ?= .venv-proto
+FLOOR_VENV ?= .venv-floor
+BENCH_VENV ?= .venv-bench
+PYTEST_ARGS ?=
+EXTRAS := server,cli,bfloat16
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(VENV)/demo.stamp ## start a server, send it the worked example and a photograph, write a PNG, stop it
+	$(VENV)/bin/python examples/demo.py
+
+.PHONY: test
+test: $(VENV)/test.stamp ## run the whole test suite (PYTEST_ARGS='-k stream' for a part)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: test-floor
+test-floor: $(FLOOR_VENV)/test.stamp ## run the quick tests on the lowest supported versions of the dependencies
+	$(FLOOR_VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+.PHONY: test-install
+test-install: $(VENV)/test.stamp ## install the plain wheel elsewhere and call a server with it
+	tools/check-install $(PYTHON) $(VENV)
+
+.PHONY: lint
+lint: $(VENV)/lint.stamp ## ruff: rules and format
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+.PHONY: format
+format: $(VENV)/lint.stamp ## ruff: mend what it can, and format
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+.PHONY: types
+types: $(VENV)/lint.stamp $(VENV)/test.stamp ## mypy --strict and pyright
+	$(VENV)/bin/mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+.PHONY: proto
+proto: $(PROTO_VENV)/proto.stamp ## generate client/convservice/v1 from the contract
+	tools/generate-proto $(PROTO_VENV) client
+
+.PHONY: proto-check
+proto-check: $(PROTO_VENV)/proto.stamp ## demand that the generated code is up to date and that the contract keeps buf's rules
+	tools/check-proto $(PROTO_VENV)
+
+.PHONY: bench-stream
+bench-stream: $(VENV)/demo.stamp ## stream 4 GiB through a server and print its memory and the first row's delay
+	$(VENV)/bin/python -m benchmarks.stream
+
+.PHONY: bench-convolution
+bench-convolution: $(BENCH_VENV)/bench.stamp ## time the backends beside PyTorch, each result validated first
+	$(BENCH_VENV)/bin/python -m benchmarks.convolution
+
+.PHONY: dev
+dev: $(VENV)/dev.stamp ## set up everything for an editor, and the commit hooks
+	$(VENV)/bin/pre-commit install
+
+.PHONY: clean
+clean: ## remove caches and what builds and the demo wrote
+	rm -rf build dist demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## remove the virtual environments as well
+	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) $(BENCH_VENV)
+
+# A stamp FOLDER/GROUP.stamp says that the environment holds the project, editable, and that dependency group.
+$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python:
+	tools/make-venv $(PYTHON) $(@:/bin/python=)
+
+$(VENV)/%.stamp: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group $*
+	@touch $@
+
+$(BENCH_VENV)/bench.stamp: $(BENCH_VENV)/bin/python pyproject.toml
+	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group bench
+	@touch $@
+
+$(PROTO_VENV)/proto.stamp: $(PROTO_VENV)/bin/python pyproject.toml
+	$(PROTO_VENV)/bin/python $(PIP_INSTALL) --group proto
+	@touch $@
+
+$(FLOOR_VENV)/test.stamp: $(FLOOR_VENV)/bin/python pyproject.toml tools/lowest_versions.py
+	$(FLOOR_VENV)/bin/python tools/lowest_versions.py pyproject.toml > $(FLOOR_VENV)/constraints.txt
+	$(FLOOR_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group test --constraint $(FLOOR_VENV)/constraints.txt
+	@touch $@
