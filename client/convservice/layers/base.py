@@ -1,0 +1,167 @@
+"""What every layer is: a declaration with its geometry.
+
+A layer is given the shape of its input and hands back what follows from it without any arithmetic on
+values: output shape, neuron and parameter counts, receptive fields, and the rows of input that rows of
+output need. The values themselves are computed by a backend. Layers are immutable.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from convservice.errors import InvalidRequest, Reason
+from convservice.geometry import (
+    MAX_RANK,
+    AxisWindow,
+    PaddingMode,
+    SampleShape,
+    integer,
+    per_axis,
+    real_span,
+)
+from convservice.tensors import Tensor
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """The input positions that one neuron looks at.
+
+    Attributes:
+        axes: per spatial axis the virtual positions, one per weight; those below 0 or at the input's size
+            and beyond lie in the padding.
+        sizes: the input's spatial sizes.
+        mode: what positions in the padding read.
+    """
+
+    axes: tuple[range, ...]
+    sizes: tuple[int, ...]
+    mode: PaddingMode
+
+    @property
+    def inside(self) -> tuple[tuple[int, int], ...]:
+        """Per axis the half-open range of real positions from the first to the last looked at."""
+        spans = zip(self.axes, self.sizes, strict=True)
+        return tuple(real_span(axis[0], axis[-1] + 1, size, self.mode) for axis, size in spans)
+
+
+class Layer(ABC):
+    """A declared operation. Subclasses: `Conv`, `Activation`."""
+
+    type_name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def rank(self) -> int | None:
+        """Number of spatial axes of its data; None where any will do."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its weight tensors."""
+        return ()
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights and thresholds, each counted once however many neurons share it."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @abstractmethod
+    def output_sample(self, sample: SampleShape) -> SampleShape:
+        """The shape of a sample's feature maps; rows None when the input's are.
+
+        Raises:
+            InvalidRequest: the sample does not fit the layer, or the output would be empty.
+        """
+
+    @abstractmethod
+    def window(self, sample: SampleShape) -> AxisWindow:
+        """How its neurons look at rows: the window along the first spatial axis."""
+
+    @property
+    def row_mode(self) -> PaddingMode:
+        """What the row padding reads."""
+        return PaddingMode.ZEROS
+
+    @abstractmethod
+    def receptive_field(self, index: int | Sequence[int], input_shape: Sequence[int]) -> ReceptiveField:
+        """The input positions that the neuron at spatial position `index` looks at."""
+
+    @abstractmethod
+    def canonical(self) -> dict[str, Any]:
+        """The layer in the contract's canonical form: JSON values only."""
+
+    def input_rows(self, first: int, last: int, sample: SampleShape) -> tuple[int, int]:
+        """The half-open range of virtual input rows that output rows first <= i < last look at.
+
+        Both ends never decrease. Rows below 0 or at the height and beyond lie in the padding. The height
+        may be unknown (`sample.rows` None).
+        """
+        return self.window(sample).span(first, last)
+
+    def real_rows(self, first: int, last: int, sample: SampleShape) -> tuple[int, int]:
+        """The real input rows that those output rows read: what must have arrived, and be held."""
+        start, stop = self.input_rows(first, last, sample)
+        return real_span(start, stop, sample.rows, self.row_mode)
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the feature map for an input (N, C, *spatial) or (C, *spatial)."""
+        batch, sample = split_shape(input_shape, self.rank)
+        out = self.output_sample(sample)
+        return (*batch, out.channels, out.height, *out.rest)
+
+    def neuron_count(self, input_shape: Sequence[int]) -> int:
+        """Number of neurons for one sample: output channels times output positions."""
+        return self.output_sample(split_shape(input_shape, self.rank)[1]).elements
+
+
+def split_shape(shape: Sequence[int], rank: int | None) -> tuple[tuple[int, ...], SampleShape]:
+    """A user's shape (N, C, *spatial) or (C, *spatial) as its batch part, () or (N,), and its sample.
+
+    With `rank` None a shape of three sizes or more is taken as (N, C, *spatial).
+
+    Raises:
+        InvalidRequest: `INVALID_SHAPE` for a wrong number of axes, a size that is not an integer, or a
+            channel or spatial size below 1.
+    """
+    sizes = [integer("shape", size, 0) for size in shape]
+    if rank is None:
+        rank = len(sizes) - 2
+    if not 1 <= rank <= MAX_RANK or len(sizes) not in (rank + 1, rank + 2):
+        axes = "1 to 3" if not 1 <= rank <= MAX_RANK else str(rank)
+        raise InvalidRequest(
+            f"the input has {len(sizes)} axes, {tuple(sizes)}; it must be (N, C, *spatial) or (C, *spatial)"
+            f" with {axes} spatial axes",
+            reason=Reason.INVALID_SHAPE,
+            metadata={"shape": str(tuple(sizes)), "rank": str(rank)},
+            field="shape",
+        )
+    cut = len(sizes) - rank - 1
+    channels, rows, *rest = sizes[cut:]
+    if min(channels, rows, *rest) < 1:
+        raise InvalidRequest(
+            f"channels and spatial sizes must be at least 1, the input has {tuple(sizes)}",
+            reason=Reason.INVALID_SHAPE,
+            metadata={"shape": str(tuple(sizes))},
+            field="shape",
+        )
+    return tuple(sizes[:cut]), SampleShape(channels, rows, tuple(rest))
+
+
+def checked_index(index: int | Sequence[int], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """A neuron's position as a tuple, each within its size.
+
+    Raises:
+        InvalidRequest: `INVALID_PARAMETER` for a wrong number of positions or one outside.
+    """
+    given = per_axis("index", index if hasattr(index, "__len__") else (index,), len(sizes), 0)
+    if any(at >= size for at, size in zip(given, sizes, strict=True)):
+        raise InvalidRequest(
+            f"neuron {given} is outside the feature map of size {sizes}",
+            reason=Reason.INVALID_PARAMETER,
+            metadata={"index": str(given), "sizes": str(sizes)},
+            field="index",
+        )
+    return given
