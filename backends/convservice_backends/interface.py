@@ -1,0 +1,132 @@
+"""What a backend is, to the server and to anybody who adds one.
+
+A backend prepares a network once (weights in place, algorithms chosen), plans a tensor (blocks, bytes) and
+opens a session for it. A session is given bands of input and hands on bands of the outputs as soon as
+their blocks are computed. A backend knows arithmetic only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
+
+from convservice.bands import Band, TensorSpec
+from convservice.dtypes import DType
+from convservice.network import Network
+from convservice.wire.enums import Precision
+from convservice.wire.headers import ResultSpec
+
+Check = Callable[[], None]
+"""Called between blocks; raises `Cancelled` or `DeadlineExceeded` when the work is no longer wanted."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a backend computes on.
+
+    Attributes:
+        device: the processor's or device's name; bits are promised per model.
+        versions: libraries that its bits depend on, name to version.
+        workers: blocks it computes at the same time.
+    """
+
+    device: str
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """How a tensor will pass through a prepared network.
+
+    Attributes:
+        spec: the input tensor.
+        out_dtype: the dtype of every result.
+        results: one per output of the network, in order; `spec.band_rows` is the backend's choice.
+        algorithms: node id to the name of the algorithm.
+        block_rows: node id to output rows computed together.
+        peak_bytes: most memory the session takes at any time: rows held, blocks, scratch, one band each way.
+    """
+
+    spec: TensorSpec
+    out_dtype: DType
+    results: tuple[ResultSpec, ...]
+    algorithms: Mapping[str, str]
+    block_rows: Mapping[str, int]
+    peak_bytes: int
+
+
+class Session(Protocol):
+    """One tensor's passage through one network. Used by one thread at a time."""
+
+    def submit(self, band: Band) -> Iterator[Band]:
+        """Takes the next rows of the input, in order, and hands on what can now be computed.
+
+        The work is done as the iterator is consumed, a block at a time; consume it whole before the next
+        call. Bands come per output in order of samples and rows; their arrays may be reused by the session
+        after the next step of the iterator.
+
+        Raises:
+            Cancelled, DeadlineExceeded: from the `Check` the session was opened with.
+        """
+        ...
+
+    def finish(self) -> Iterator[Band]:
+        """Says that the input has ended and hands on the rest.
+
+        Raises:
+            InvalidRequest: what only the end could show (an output of size zero, a reflection wider than
+                the height), when the height was not announced.
+        """
+        ...
+
+    def close(self) -> None:
+        """Gives the session's memory back; safe at any time, and more than once."""
+        ...
+
+
+class PreparedNetwork(Protocol):
+    """A network in place on a backend: immutable, shared by all sessions."""
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the prepared weights take beside the network's own."""
+        ...
+
+    def plan(self, spec: TensorSpec, out_dtype: DType | None = None) -> SessionPlan:
+        """How a tensor will pass; pure arithmetic on shapes, allocates nothing.
+
+        Raises:
+            InvalidRequest: the tensor does not fit the network.
+        """
+        ...
+
+    def open(self, plan: SessionPlan, check: Check) -> Session:
+        """Opens a session; allocates what the plan says."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Where arithmetic runs. Its constructor takes no arguments that are required, imports what is heavy,
+    and raises `BackendUnavailable` with the reason when it cannot work here."""
+
+    name: ClassVar[str]
+
+    def describe(self) -> Description:
+        """What it computes on."""
+        ...
+
+    def prepare(self, network: Network, precision: Precision) -> PreparedNetwork:
+        """Puts a network's weights in place and chooses its algorithms."""
+        ...
+
+    def close(self) -> None:
+        """Stops its workers; no session may be open."""
+        ...

@@ -1,0 +1,1 @@
+"""The NumPy backend: blocked im2col and GEMM on the processor."""

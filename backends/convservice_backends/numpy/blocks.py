@@ -1,0 +1,146 @@
+"""Blocks of a convolution on the processor: how the output is cut, and what input lies under a block.
+
+Given a layer and a budget, `cut` shapes a block; `blocks_of` lists the blocks of a run; `gather` hands back
+the input under one of them, padding included: a view where the input can be read where it is, else a copy
+of just that part. There is no padded copy of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convservice.geometry import AxisWindow, SampleShape
+from convservice.layers import Conv
+from convservice_backends.numpy.window import copy_window, needs_filling, segments
+from convservice_backends.operators import Run
+
+ALIGNMENT = 64
+"""Bytes to which the parts of a worker's scratch are aligned: a cache line."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of several samples.
+
+    Attributes:
+        samples: which.
+        first: where its output begins on every spatial axis.
+        inside: its output sizes, what lies beyond the feature map left away.
+    """
+
+    samples: slice
+    first: tuple[int, ...]
+    inside: tuple[int, ...]
+
+    def target(self, run: Run, out: NDArray[Any]) -> NDArray[Any]:
+        """Where its output belongs, a view of the run's `out`."""
+        start = (self.first[0] - run.first, *self.first[1:])
+        where = (slice(a, a + n) for a, n in zip(start, self.inside, strict=True))
+        view: NDArray[Any] = out[(self.samples, slice(None), *where)]
+        return view
+
+
+def cut(columns: int, rest: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """The shape of a block of at most `columns` output positions of one channel.
+
+    Args:
+        columns: positions.
+        rest: output sizes of all spatial axes but the first.
+
+    Returns:
+        Rows, and sizes along `rest`: whole axes from the last one on as far as they fit, then an even part
+        of one, then single positions.
+    """
+    inner: list[int] = []
+    left = columns
+    for size in reversed(rest):
+        if size <= left:
+            inner.append(size)
+            left //= size
+        else:
+            parts = -(-size // left)
+            inner.append(-(-size // parts))
+            left = 1
+    return max(1, left), tuple(reversed(inner))
+
+
+def blocks_of(run: Run, shape: tuple[int, ...], stack: int = 1) -> Iterator[Block]:
+    """The blocks of a run whose output has `shape`, for `stack` samples at a time."""
+    sizes = (run.blocks.rows, *run.blocks.inner)
+    ends = (run.last, *shape[3:])
+    starts = (run.first, *(0 for _ in shape[3:]))
+    for sample in range(0, shape[0], stack):
+        samples = slice(sample, min(sample + stack, shape[0]))
+        for first in product(*(range(a, b, n) for a, b, n in zip(starts, ends, sizes, strict=True))):
+            inside = tuple(min(n, b - a) for a, b, n in zip(first, ends, sizes, strict=True))
+            yield Block(samples, first, inside)
+
+
+def spans(layer: Conv, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Input positions along each axis that output of these sizes looks at, gaps included."""
+    axes = zip(sizes, layer.kernel, layer.stride, layer.dilation, strict=True)
+    return tuple((size - 1) * s + (k - 1) * d + 1 for size, k, s, d in axes)
+
+
+def windows_of(layer: Conv, run: Run) -> tuple[AxisWindow, ...]:
+    """The layer's windows for the sample that a run belongs to."""
+    return layer.windows(SampleShape(run.rows.shape[1], run.height, tuple(run.rows.shape[3:])))
+
+
+def gather(
+    layer: Conv,
+    block: Block,
+    run: Run,
+    scratch: NDArray[np.uint8],
+    dtype: np.dtype[Any],
+    *,
+    sizes: tuple[int, ...],
+) -> NDArray[Any]:
+    """The input under a block, (samples, channels, *spans(sizes)), in `dtype`, zero beyond `block.inside`.
+
+    Args:
+        layer: the convolution.
+        block: which block.
+        run: the rows held.
+        scratch: where a copy may go.
+        dtype: the type wanted.
+        sizes: the output sizes of a full block.
+    """
+    axes = [
+        segments(first * window.stride - window.before, count, size, layer.padding_mode)
+        for first, window, count, size in zip(
+            block.first,
+            windows_of(layer, run),
+            spans(layer, block.inside),
+            (run.height, *run.rows.shape[3:]),
+            strict=True,
+        )
+    ]
+    whole = spans(layer, sizes)
+    source = run.rows[block.samples]
+    if source.dtype == dtype and not needs_filling(axes, whole):
+        (rows,), *rest = axes
+        at = slice(rows.source.start - run.first_row, rows.source.stop - run.first_row)
+        view: NDArray[Any] = source[(slice(None), slice(None), at, *(piece.source for (piece,) in rest))]
+        return view
+    window = carve(scratch, (source.shape[0], source.shape[1], *whole), dtype)
+    copy_window(source, run.first_row, axes, window)
+    return window
+
+
+def carve(scratch: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of that shape at the beginning of a worker's scratch."""
+    size = math.prod(shape)
+    return scratch[: size * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def aligned(size: int, dtype: np.dtype[Any]) -> int:
+    """Bytes of `size` elements, rounded up to a cache line."""
+    return -(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT

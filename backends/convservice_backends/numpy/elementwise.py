@@ -1,0 +1,157 @@
+"""Elementwise work on blocks: activations, and the one rounding at the end.
+
+Given a contiguous block in the accumulator's type, `activate` applies a function in place and `store`
+rounds it once into its destination. Each element is computed by itself, so its bits do not depend on where
+in a block it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convservice.dtypes import DType
+from convservice.geometry import SampleShape
+from convservice.layers import Activation
+from convservice_backends.operators import Run, Task, Workspace
+from convservice_backends.plan import BlockPlan
+
+InPlace = Callable[[NDArray[Any]], None]
+
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of an activation layer's block: what fits a core's cache beside its destination."""
+
+CONVERTED_ELEMENTS = 1 << 14
+"""Elements rounded at a time where a map leaves in another dtype than it is kept in."""
+
+
+def temporary_bytes(elements: int, accumulator: DType) -> int:
+    """What an activation and `store` allocate beside a block of so many elements: at most a copy, a mask."""
+    return elements * (accumulator.itemsize + 1)
+
+
+def activation_function(activation: Activation) -> InPlace | None:
+    """The in-place function of an activation; None for `linear`. Imports SciPy where it is needed."""
+    if activation.function == "linear":
+        return None
+    if activation.function == "leaky_relu":
+        return _leaky_relu(activation.negative_slope)
+    if activation.function == "relu":
+        return _relu
+    if activation.function == "tanh":
+        return _tanh
+    import scipy.special
+
+    special: Any = scipy.special
+
+    def sigmoid(x: NDArray[Any]) -> None:
+        special.expit(x, out=x)
+
+    def silu(x: NDArray[Any]) -> None:
+        _times(x, special.expit(x))
+
+    def gelu(x: NDArray[Any]) -> None:
+        tail = x * x.dtype.type(-(0.5**0.5))
+        special.erfc(tail, out=tail)  # erfc keeps its digits where 1 + erf cancels
+        _times(x, tail)
+        np.multiply(x, x.dtype.type(0.5), out=x)
+
+    return {"sigmoid": sigmoid, "silu": silu, "gelu": gelu}[activation.function]
+
+
+def _relu(x: NDArray[Any]) -> None:
+    np.maximum(x, 0, out=x)
+    # The maximum of -0 and 0 is either, as the vector unit and the tail loop please; adding 0 makes it +0.
+    np.add(x, 0, out=x)
+
+
+def _tanh(x: NDArray[Any]) -> None:
+    np.tanh(x, out=x)
+
+
+def _times(x: NDArray[Any], factor: NDArray[Any]) -> None:
+    """x *= factor, where 0 times infinity is 0: the limit of a function that vanishes on that side."""
+    vanished = factor == 0
+    np.multiply(x, factor, out=x)
+    np.copyto(x, 0, where=vanished)
+
+
+def _leaky_relu(slope: float) -> InPlace:
+    def leaky_relu(x: NDArray[Any]) -> None:
+        kept = x > 0
+        np.multiply(x, x.dtype.type(slope), out=x, where=np.logical_not(kept, out=kept))
+
+    return leaky_relu
+
+
+def store(block: NDArray[Any], out: NDArray[Any]) -> None:
+    """Rounds a block in the accumulator's type once into `out`; the block is used up.
+
+    Integers: half to even, then saturated; NaN becomes 0.
+    """
+    if out.dtype.kind in "iu":
+        limits = np.iinfo(out.dtype)
+        np.copyto(block, 0, where=np.isnan(block))
+        np.rint(block, out=block)
+        np.clip(block, limits.min, limits.max, out=block)
+    np.copyto(out, block, casting="unsafe")
+
+
+def convert(array: NDArray[Any], dtype: DType) -> NDArray[Any]:
+    """An array rounded to a dtype; the array itself where it has that dtype."""
+    if array.dtype == dtype.numpy:
+        return array
+    out = np.empty(array.shape, dtype.numpy)
+    whole = array.flags.c_contiguous
+    sources = [array] if whole else [channel for sample in array for channel in sample]
+    targets = [out] if whole else [channel for sample in out for channel in sample]
+    with np.errstate(all="ignore"):
+        for source, target in zip(sources, targets, strict=True):
+            flat, into = source.reshape(-1), target.reshape(-1)
+            for first in range(0, flat.size, CONVERTED_ELEMENTS):
+                part = slice(first, first + CONVERTED_ELEMENTS)
+                store(flat[part].copy(), into[part])
+    return out
+
+
+class ActivationOperator:
+    """An activation layer: rows in, the same rows out."""
+
+    nbytes = 0
+
+    def __init__(self, layer: Activation, accumulator: DType) -> None:
+        self._function = activation_function(layer)
+        self._accumulator = accumulator
+
+    def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
+        """Any rows give the same bits; blocks only bound the work between two checks."""
+        rows = max(1, BLOCK_ELEMENTS // given.row_elements)
+        elements = rows * given.row_elements
+        own = elements * self._accumulator.itemsize
+        return BlockPlan("elementwise", rows, out.rest, 0, own + temporary_bytes(elements, self._accumulator))
+
+    def compute(self, run: Run, out: NDArray[Any], workspace: Workspace) -> None:
+        """Applies the function to rows first <= i < last."""
+        tasks: list[Task] = []
+        for sample in range(out.shape[0]):
+            for row in range(run.first, run.last, run.blocks.rows):
+                last = min(row + run.blocks.rows, run.last)
+                given = run.rows[sample, :, row - run.first_row : last - run.first_row]
+                tasks.append(self._task(given, out[sample, :, row - run.first : last - run.first]))
+        workspace.run(tasks, float(out.size))
+
+    def _task(self, given: NDArray[Any], out: NDArray[Any]) -> Task:
+        def task(_: int) -> None:
+            with np.errstate(all="ignore"):
+                block = np.array(given, dtype=self._accumulator.numpy, order="C", copy=True)
+                if self._function is not None:
+                    self._function(block)
+                store(block, out)
+
+        return task
+
+
+__all__ = ["ActivationOperator", "activation_function", "convert", "store", "temporary_bytes"]

@@ -1,0 +1,257 @@
+"""How a tensor will pass through a network: blocks, runs, rows held, bytes.
+
+Given a network, a tensor's shape and what each operator says of its blocks, `plan_session` hands back one
+`NodePlan` per node that is needed and the `SessionPlan` that the server reserves memory by. Pure
+arithmetic: nothing is allocated, and nothing depends on the batch, the cut or the load, so that a neuron's
+bits follow from its layer and its place in its own sample alone.
+
+    block   what is computed at once; cut at absolute multiples, planned without the height
+    run     several neighbouring blocks, handed to an operator in one call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from convservice.bands import TensorSpec
+from convservice.dtypes import DType
+from convservice.geometry import PaddingMode, SampleShape
+from convservice.layers import Layer
+from convservice.network import INPUT, Network, Node
+from convservice.wire.headers import ResultSpec
+from convservice_backends.interface import SessionPlan
+
+RUN_BYTES = 2 << 20
+"""Preferred bytes of input and output of one run: what fits a processor's cache."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How one operator cuts its output.
+
+    Attributes:
+        algorithm: its name.
+        rows: output rows of a block.
+        inner: sizes of a block along the other output axes.
+        scratch_bytes: working memory of one worker, which the session lends.
+        temporary_bytes: what one worker allocates beside it at any time.
+    """
+
+    algorithm: str
+    rows: int
+    inner: tuple[int, ...]
+    scratch_bytes: int
+    temporary_bytes: int = 0
+
+
+class Planner(Protocol):
+    """What planning asks of an operator."""
+
+    def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
+        """Its blocks for a sample `given` and its feature map `out`; must not look at their rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """How one node works on a sample.
+
+    Attributes:
+        node: the node.
+        given: shape of the sample it is given.
+        out: shape of its feature map.
+        given_dtype: dtype of the rows it holds.
+        out_dtype: dtype of the rows it puts out.
+        blocks: its blocks; of the sample's own height where that is lower than one block.
+        run_rows: most output rows of a run, a multiple of the block's.
+        capacity: input rows it can hold.
+        outputs: names of the network's outputs that it is.
+        consumers: ids of the nodes that take its feature map.
+    """
+
+    node: Node
+    given: SampleShape
+    out: SampleShape
+    given_dtype: DType
+    out_dtype: DType
+    blocks: BlockPlan
+    run_rows: int
+    capacity: int
+    outputs: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+    @property
+    def layer(self) -> Layer:
+        """Its layer."""
+        return self.node.layer
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the input rows it holds."""
+        return self.capacity * self.given.row_elements * self.given_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class NetworkPlan(SessionPlan):
+    """A session's plan with the plan of every node that its outputs need, in topological order.
+
+    Attributes:
+        nodes: node id to its plan.
+        whole: every sample is one block in every node: samples are computed whole, several at a time.
+        stack: samples computed together where `whole`.
+        scratch_bytes: working memory of one worker.
+        dtype: the network's dtype: that of every map between nodes.
+    """
+
+    nodes: Mapping[str, NodePlan]
+    whole: bool
+    stack: int
+    scratch_bytes: int
+    dtype: DType
+
+
+def plan_session(
+    network: Network,
+    operators: Mapping[str, Planner],
+    spec: TensorSpec,
+    out_dtype: DType | None,
+    *,
+    workers: int,
+    run_bytes: int = RUN_BYTES,
+) -> NetworkPlan:
+    """Plans the passage of a tensor.
+
+    Args:
+        network: the network.
+        operators: node id to its operator.
+        spec: the tensor.
+        out_dtype: dtype of the results; None for the network's own.
+        workers: blocks computed at the same time.
+        run_bytes: preferred size of a run.
+
+    Raises:
+        InvalidRequest: the tensor does not fit the network.
+    """
+    planning = _Planning(network, spec, out_dtype, run_bytes)
+    needed = _needed(network)
+    consumers: dict[str, list[str]] = {}
+    for node in needed:
+        consumers.setdefault(node.inputs[0], []).append(node.id)
+    nodes = {
+        node.id: planning.node(node, tuple(consumers.get(node.id, ())), operators[node.id]) for node in needed
+    }
+    block_rows = {name: plan.blocks.rows for name, plan in nodes.items()}
+    whole = all(plan.out.rows is not None and plan.blocks.rows == plan.out.rows for plan in nodes.values())
+    stack = planning.stack(nodes) if whole else 1
+    scratch = max(plan.blocks.scratch_bytes for plan in nodes.values())
+    temporary = max(plan.blocks.temporary_bytes for plan in nodes.values())
+    held = planning.stacked_bytes(nodes, stack) if whole else planning.flowing_bytes(nodes)
+    return NetworkPlan(
+        spec=spec,
+        out_dtype=planning.result,
+        results=planning.results(block_rows, whole),
+        algorithms={name: plan.blocks.algorithm for name, plan in nodes.items()},
+        block_rows=block_rows,
+        peak_bytes=spec.band_bytes + held + workers * (scratch + temporary),
+        nodes=nodes,
+        whole=whole,
+        stack=stack,
+        scratch_bytes=scratch,
+        dtype=planning.dtype,
+    )
+
+
+def _needed(network: Network) -> list[Node]:
+    """The nodes that some output depends on."""
+    wanted = set(network.outputs.values())
+    for node in reversed(network.nodes):
+        if node.id in wanted:
+            wanted.update(node.inputs)
+    return [node for node in network.nodes if node.id in wanted]
+
+
+class _Planning:
+    """One tensor's shapes and dtypes on their way through one network."""
+
+    def __init__(self, network: Network, spec: TensorSpec, out_dtype: DType | None, run_bytes: int) -> None:
+        self.network = network
+        self.spec = spec
+        self.run_bytes = run_bytes
+        self.dtype = network.dtype(spec.dtype)
+        self.result = out_dtype or self.dtype
+        self.shapes = network.shapes(spec.sample)
+
+    def node(self, node: Node, consumers: tuple[str, ...], operator: Planner) -> NodePlan:
+        """The plan of one node."""
+        source = node.inputs[0]
+        given, out = self.shapes[source], self.shapes[node.id]
+        outputs = tuple(name for name, target in self.network.outputs.items() if target == node.id)
+        given_dtype = self.spec.dtype if source == INPUT else self.dtype
+        out_dtype = self._stored(bool(outputs), bool(consumers))
+        blocks = operator.block_plan(given, out)
+        if out.rows is not None and out.rows < blocks.rows:
+            blocks = replace(blocks, rows=out.rows)
+        window = node.layer.window(given)
+        row_bytes = out.row_elements * out_dtype.itemsize
+        row_bytes += window.stride * given.row_elements * given_dtype.itemsize
+        run_rows = max(1, self.run_bytes // (row_bytes * blocks.rows)) * blocks.rows
+        capacity = (run_rows - 1) * window.stride + window.extent
+        if node.layer.row_mode is not PaddingMode.ZEROS:
+            capacity += window.before + window.after + 1
+        return NodePlan(
+            node=node,
+            given=given,
+            out=out,
+            given_dtype=given_dtype,
+            out_dtype=out_dtype,
+            blocks=blocks,
+            run_rows=run_rows,
+            capacity=capacity,
+            outputs=outputs,
+            consumers=consumers,
+        )
+
+    def _stored(self, is_output: bool, is_consumed: bool) -> DType:
+        """The dtype that a node's rows are kept in: where two are wanted, the one that both round from."""
+        if not is_output:
+            return self.dtype
+        if not is_consumed or self.result == self.dtype:
+            return self.result
+        return self.dtype.accumulator
+
+    def stack(self, nodes: Mapping[str, NodePlan]) -> int:
+        """Samples computed together: those whose maps fit a run."""
+        sample = self.spec.sample.elements * self.spec.dtype.itemsize
+        sample += sum(plan.out.elements * plan.out_dtype.itemsize for plan in nodes.values())
+        return max(1, min(self.spec.samples, self.run_bytes // sample))
+
+    def results(self, block_rows: Mapping[str, int], whole: bool) -> tuple[ResultSpec, ...]:
+        """What is announced of every output."""
+        spec, found = self.spec, list[ResultSpec]()
+        for index, (name, target) in enumerate(self.network.outputs.items()):
+            rows = block_rows[target]
+            first = self.network.input_rows_needed(target, 1, self.shapes, block_rows)
+            result = TensorSpec(self.result, self.shapes[target], spec.samples, rows, spec.data_format)
+            needed = spec.sample.height if whole else first
+            found.append(ResultSpec(index, name, result, rows, needed))
+        return tuple(found)
+
+    def stacked_bytes(self, nodes: Mapping[str, NodePlan], stack: int) -> int:
+        """Bytes of `stack` whole samples, of one more being collected, and of all their maps."""
+        total = (stack + 1) * self.spec.sample.elements * self.spec.dtype.itemsize
+        return total + sum(stack * plan.out.elements * self._copies_bytes(plan) for plan in nodes.values())
+
+    def flowing_bytes(self, nodes: Mapping[str, NodePlan]) -> int:
+        """Bytes of the rows held, of a run of every node, and of each copy of it that leaves."""
+        return sum(
+            plan.held_bytes + plan.run_rows * plan.out.row_elements * self._copies_bytes(plan)
+            for plan in nodes.values()
+        )
+
+    def _copies_bytes(self, plan: NodePlan) -> int:
+        """Bytes per element of a node's map: as it is kept, in each result, and as its consumers take it."""
+        kept = plan.out_dtype
+        rounded = 0 if kept == self.dtype else len(plan.consumers) * self.dtype.itemsize
+        return kept.itemsize + len(plan.outputs) * self.result.itemsize + rounded

@@ -1,0 +1,152 @@
+"""Names to backends, with the reason where one cannot run.
+
+Backends are found by name in the entry-point group `convservice.backends`, so that anybody can add one. A
+backend is imported and constructed when it is first asked for; a refusal is kept with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from convservice.errors import BackendUnavailable, Reason
+from convservice_backends.interface import Backend, Description
+
+GROUP = "convservice.backends"
+AUTO = "auto"
+PREFERENCE = ("cupy", "numpy")
+"""The order in which `auto` tries; names that are not here come last, in alphabetical order."""
+
+log = logging.getLogger(__name__)
+
+Factory = Callable[[], Backend]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can run here.
+
+    Attributes:
+        name: its name.
+        reason: why it cannot; empty when it can.
+        is_default: whether it is what an unnamed request gets.
+        description: what it computes on; None when it cannot run.
+    """
+
+    name: str
+    reason: str
+    is_default: bool
+    description: Description | None
+
+
+class Registry:
+    """The backends of one process, each constructed at most once.
+
+    Args:
+        default: the backend for requests that name none; `"auto"` takes the first that works.
+        factories: name to constructor; those of the entry-point group when not given.
+    """
+
+    def __init__(self, default: str = AUTO, factories: Mapping[str, Factory] | None = None) -> None:
+        self._factories = dict(_installed() if factories is None else factories)
+        self._default = default
+        self._lock = threading.Lock()  # guards _made and _refused, and makes construction happen once
+        self._made: dict[str, Backend] = {}
+        self._refused: dict[str, str] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name known, in the order of preference."""
+        known = [name for name in PREFERENCE if name in self._factories]
+        return (*known, *sorted(set(self._factories) - set(known)))
+
+    def resolve(self, name: str = "") -> Backend:
+        """The backend of that name; of the default's for an empty name or `"auto"`.
+
+        Raises:
+            BackendUnavailable: there is none of that name, or it cannot run here; the message says why.
+        """
+        wanted = name or self._default
+        if wanted != AUTO:
+            return self._get(wanted)
+        for candidate in self.names:
+            try:
+                return self._get(candidate)
+            except BackendUnavailable as exc:
+                log.info("backend %s is passed over: %s", candidate, exc.message)
+        reasons = "; ".join(f"{known}: {reason}" for known, reason in sorted(self._refused.items()))
+        raise BackendUnavailable(
+            f"no backend can run here: {reasons or 'none is installed'}",
+            reason=Reason.BACKEND_UNAVAILABLE,
+        )
+
+    def statuses(self) -> tuple[Status, ...]:
+        """Every backend, tried, with the reason where it cannot run."""
+        try:
+            default = self.resolve().name
+        except BackendUnavailable:
+            default = ""
+        found: list[Status] = []
+        for name in self.names:
+            try:
+                found.append(Status(name, "", name == default, self._get(name).describe()))
+            except BackendUnavailable as exc:
+                found.append(Status(name, exc.message, False, None))
+        return tuple(found)
+
+    def close(self) -> None:
+        """Closes every backend that was constructed."""
+        with self._lock:
+            made, self._made = self._made, {}
+        for backend in made.values():
+            backend.close()
+
+    def _get(self, name: str) -> Backend:
+        with self._lock:
+            if name in self._made:
+                return self._made[name]
+            if name not in self._refused:
+                backend = self._construct(name)
+                if backend is not None:
+                    return backend
+            reason = self._refused[name]
+        raise BackendUnavailable(
+            reason,
+            reason=Reason.BACKEND_UNAVAILABLE,
+            metadata={"backend": name, "known": ", ".join(self.names)},
+            field="backend",
+        )
+
+    def _construct(self, name: str) -> Backend | None:
+        factory = self._factories.get(name)
+        if factory is None:
+            raise BackendUnavailable(
+                f"there is no backend {name!r}; known are {', '.join(self.names) or 'none'}",
+                reason=Reason.BACKEND_UNAVAILABLE,
+                metadata={"backend": name, "known": ", ".join(self.names)},
+                field="backend",
+            )
+        try:
+            self._made[name] = factory()
+        except BackendUnavailable as exc:
+            self._refused[name] = f"backend {name!r} cannot run here: {exc.message}"
+        except Exception as exc:  # noqa: BLE001 - a third party's constructor may raise anything; it is kept as the reason
+            self._refused[name] = f"backend {name!r} cannot run here: {type(exc).__name__}: {exc}"
+        return self._made.get(name)
+
+
+def _installed() -> dict[str, Factory]:
+    def factory_of(name: str) -> Factory:
+        def make() -> Backend:
+            (entry,) = entry_points(group=GROUP, name=name)
+            made = entry.load()()
+            if not isinstance(made, Backend):
+                raise TypeError(f"{entry.value} is no Backend")
+            return made
+
+        return make
+
+    return {entry.name: factory_of(entry.name) for entry in entry_points(group=GROUP)}

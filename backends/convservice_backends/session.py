@@ -1,0 +1,248 @@
+"""Sessions: one tensor's passage through one network.
+
+One driver moves rows from the input to every consumer, depth first: whatever a stage computes is taken by
+the stages behind it before it computes more, so that between two stages there is never more than one run.
+Samples that are one block in every layer go whole, several at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convservice.bands import Band, DataFormat, TensorSpec
+from convservice.dtypes import DType, dtype_of
+from convservice.errors import InvalidRequest, Reason
+from convservice.geometry import SampleShape
+from convservice.network import INPUT
+from convservice_backends.interface import PreparedNetwork, Session
+from convservice_backends.operators import Operator, Run, Workspace
+from convservice_backends.plan import NetworkPlan, NodePlan
+from convservice_backends.stages import Empty, Stage
+
+Convert = Callable[[Any, DType], Any]
+"""Rounds one of the backend's arrays to a dtype; hands it back as it is where it has that dtype."""
+
+Steps: TypeAlias = "Iterator[Band | Steps]"
+"""A piece of the driver's work: bands, and further pieces to do first."""
+
+
+class FlowSession:
+    """Rows of one sample after another flow through the stages.
+
+    Args:
+        plan: how the tensor passes.
+        operators: node id to operator.
+        workspace: what operators borrow.
+        empty: allocates the backend's arrays.
+        convert: rounds them.
+    """
+
+    def __init__(
+        self,
+        plan: NetworkPlan,
+        operators: Mapping[str, Operator],
+        workspace: Workspace,
+        empty: Empty,
+        convert: Convert,
+    ) -> None:
+        self._plan = plan
+        self._workspace = workspace
+        self._convert = convert
+        self._stages = {name: Stage(node, operators[name], empty) for name, node in plan.nodes.items()}
+        self._first = [name for name, node in plan.nodes.items() if INPUT in node.node.inputs]
+        self._sample = 0
+        self._rows = 0
+
+    def submit(self, band: Band) -> Iterator[Band]:
+        """Takes the next rows and hands on what can now be computed; see `interface.Session`."""
+        for index in range(band.array.shape[0]):
+            rows = band.array[index : index + 1]
+            yield from _bands(self._feed(self._first, rows))
+            self._rows += rows.shape[2]
+            if self._rows == self._plan.spec.sample.rows:
+                yield from _bands(self._end())
+
+    def finish(self) -> Iterator[Band]:
+        """Ends the input; see `interface.Session`."""
+        if self._plan.spec.sample.rows is not None:
+            return
+        if not self._rows:
+            raise InvalidRequest(
+                "a sample has at least 1 row; the input ended with none", reason=Reason.INVALID_SHAPE
+            )
+        yield from _bands(self._end())
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._stages = {}
+
+    def _end(self) -> Steps:
+        """Ends a sample in every stage, in topological order, and begins the next."""
+        for name, stage in self._stages.items():
+            stage.end()
+            yield self._advance(name)
+        for stage in self._stages.values():
+            stage.begin()
+        self._sample += 1
+        self._rows = 0
+
+    def _feed(self, consumers: list[str] | tuple[str, ...], rows: Any) -> Steps:
+        for name in consumers:
+            stage, at = self._stages[name], 0
+            while at < rows.shape[2]:
+                at += stage.put(rows[:, :, at:])
+                yield self._advance(name)
+
+    def _advance(self, name: str) -> Steps:
+        stage = self._stages[name]
+        while (run := stage.next_run()) is not None:
+            rows = stage.compute(*run, self._workspace)
+            for output in stage.plan.outputs:
+                yield Band(self._convert(rows, self._plan.out_dtype), self._sample, run[0], output)
+            if stage.plan.consumers:
+                yield self._feed(stage.plan.consumers, self._convert(rows, self._plan.dtype))
+
+
+def _bands(steps: Steps) -> Iterator[Band]:
+    """What `steps` and all the steps that they lead to hand on, depth first, however deep the network."""
+    open_steps = [steps]
+    while open_steps:
+        step = next(open_steps[-1], None)
+        if step is None:
+            open_steps.pop()
+        elif isinstance(step, Band):
+            yield step
+        else:
+            open_steps.append(step)
+
+
+class WholeSession:
+    """Samples that are one block in every layer: several at a time, each layer after the other."""
+
+    def __init__(
+        self,
+        plan: NetworkPlan,
+        operators: Mapping[str, Operator],
+        workspace: Workspace,
+        empty: Empty,
+        convert: Convert,
+    ) -> None:
+        self._plan = plan
+        self._operators = operators
+        self._workspace = workspace
+        self._empty = empty
+        self._convert = convert
+        self._partial: Any = None
+        self._rows = 0
+        self._sample = 0
+
+    def submit(self, band: Band) -> Iterator[Band]:
+        """Takes the next rows and hands on whole samples; see `interface.Session`."""
+        height = self._plan.spec.sample.height
+        if band.array.shape[2] < height:
+            yield from self._collect(band.array, height)
+            return
+        for first in range(0, band.array.shape[0], self._plan.stack):
+            yield from self._compute(band.array[first : first + self._plan.stack])
+
+    def finish(self) -> Iterator[Band]:
+        """Nothing is left: a sample is computed when its last row has come."""
+        return iter(())
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._partial = None
+
+    def _collect(self, rows: Any, height: int) -> Iterator[Band]:
+        spec = self._plan.spec
+        if self._partial is None:
+            self._partial = self._empty((1, spec.sample.channels, height, *spec.sample.rest), spec.dtype)
+        self._partial[:, :, self._rows : self._rows + rows.shape[2]] = rows
+        self._rows += rows.shape[2]
+        if self._rows == height:
+            self._rows = 0
+            yield from self._compute(self._partial)
+
+    def _compute(self, samples: Any) -> Iterator[Band]:
+        maps: dict[str, Any] = {INPUT: samples}
+        count = int(samples.shape[0])
+        for name, node in self._plan.nodes.items():
+            given = self._convert(maps[node.node.inputs[0]], node.given_dtype)
+            out = self._empty((count, node.out.channels, node.out.height, *node.out.rest), node.out_dtype)
+            run = Run(given, 0, node.given.height, 0, node.out.height, node.blocks)
+            self._operators[name].compute(run, out, self._workspace)
+            maps[name] = out
+        for name, node in self._plan.nodes.items():
+            for output in node.outputs:
+                yield Band(self._convert(maps[name], self._plan.out_dtype), self._sample, 0, output)
+        self._sample += count
+
+
+def run(
+    prepared: PreparedNetwork,
+    x: NDArray[Any],
+    *,
+    band_rows: int | None = None,
+    out_dtype: DType | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Sends a whole array through a prepared network, in-process.
+
+    Args:
+        prepared: the network, prepared on some backend.
+        x: (samples, channels, *spatial).
+        band_rows: rows handed over at a time; all of a sample where not given.
+        out_dtype: dtype of the results; None for the network's own.
+
+    Returns:
+        Output name to feature map (samples, out_channels, *spatial).
+    """
+    sample = SampleShape(x.shape[1], x.shape[2], tuple(x.shape[3:]))
+    spec = TensorSpec(
+        dtype_of(x.dtype), sample, x.shape[0], band_rows or x.shape[2], DataFormat.CHANNELS_FIRST
+    )
+    plan = prepared.plan(spec, out_dtype)
+    results: dict[str, NDArray[Any]] = {}
+    for result in plan.results:
+        shape = result.spec.sample
+        results[result.name] = np.empty(
+            (x.shape[0], shape.channels, shape.height, *shape.rest), result.spec.dtype.numpy
+        )
+    session = prepared.open(plan, check=lambda: None)
+    try:
+        for band in _all_bands(session, x, spec):
+            count, _, rows = band.array.shape[:3]
+            target = results[band.output][band.sample : band.sample + count]
+            target[:, :, band.first_row : band.first_row + rows] = band.array
+    finally:
+        session.close()
+    return results
+
+
+def _all_bands(session: Session, x: NDArray[Any], spec: TensorSpec) -> Iterator[Band]:
+    if spec.band_rows >= spec.sample.height:
+        yield from session.submit(Band(x))
+    else:
+        for sample in range(x.shape[0]):
+            for row in range(0, x.shape[2], spec.band_rows):
+                rows = x[sample : sample + 1, :, row : row + spec.band_rows]
+                yield from session.submit(Band(rows, sample, row))
+    yield from session.finish()
+
+
+def open_session(
+    plan: NetworkPlan,
+    operators: Mapping[str, Operator],
+    workspace: Workspace,
+    empty: Empty,
+    convert: Convert,
+) -> Session:
+    """The session that the plan asks for."""
+    kind = WholeSession if plan.whole else FlowSession
+    return kind(plan, operators, workspace, empty, convert)
+
+
+__all__ = ["FlowSession", "NodePlan", "WholeSession", "open_session", "run"]

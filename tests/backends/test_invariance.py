@@ -1,0 +1,180 @@
+"""The same bits for any cut, any number of workers, any company: on random floats, every backend.
+
+`test_processors.py` runs this module again under other kernels of the BLAS library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from convservice.dtypes import FLOAT32, FLOAT64, DType, dtype_of
+from convservice.geometry import SampleShape
+from convservice.layers import Conv
+from convservice.network import Network
+from convservice.wire.enums import Precision
+from convservice_backends.interface import Backend, PreparedNetwork
+from tests.helpers import (
+    Array,
+    assert_same_bits,
+    chain,
+    random_array,
+    run,
+    spec_of,
+    trunk_with_two_heads,
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A network, and the shape and dtype of a batch for it."""
+
+    network: Callable[[np.random.Generator], Network]
+    shape: tuple[int, ...]
+    dtype: DType = FLOAT32
+
+
+def conv(*weight: int, dtype: DType = FLOAT32, **options: object) -> Callable[[np.random.Generator], Network]:
+    def make(rng: np.random.Generator) -> Network:
+        layer = Conv(random_array(rng, weight, dtype), random_array(rng, weight[:1], dtype), **options)  # type: ignore[arg-type]
+        return Network([layer])
+
+    return make
+
+
+SETUPS = {
+    "blocks of rows": Setup(conv(8, 3, 3, 3, padding=1), (2, 3, 230, 130)),
+    "float64": Setup(conv(7, 3, 3, 3, dtype=FLOAT64, activation="gelu"), (2, 3, 190, 101), FLOAT64),
+    "float16": Setup(
+        conv(5, 4, 3, 3, dtype=dtype_of("float16"), stride=2), (2, 4, 300, 99), dtype_of("float16")
+    ),
+    "bfloat16": Setup(
+        conv(5, 4, 3, 2, dtype=dtype_of("bfloat16"), activation="tanh"), (2, 4, 90, 61), dtype_of("bfloat16")
+    ),
+    "uint8": Setup(
+        conv(6, 3, 5, 5, padding="same", padding_mode="reflect"), (2, 3, 120, 90), dtype_of("uint8")
+    ),
+    "parts of rows": Setup(conv(4, 6, 3, 3, padding=1, activation="silu"), (1, 6, 9, 7001)),
+    "deep": Setup(conv(33, 130, 3, 3), (2, 130, 40, 23)),
+    "depthwise": Setup(conv(16, 1, 3, 3, groups=16, padding="same", dilation=2), (2, 16, 120, 47)),
+    "1-D": Setup(conv(5, 2, 9, stride=3, padding=4, padding_mode="replicate"), (2, 2, 5000)),
+    "3-D": Setup(conv(4, 2, 3, 3, 3, padding=1, activation="sigmoid"), (2, 2, 40, 21, 33)),
+    "one filter": Setup(conv(1, 3, 7, 7), (2, 3, 120, 77)),
+    "small samples": Setup(conv(9, 4, 3, 3, padding=1), (37, 4, 7, 7)),
+    "small kernels of one": Setup(conv(12, 16, 1, 1), (21, 16, 5, 11)),
+    "chain": Setup(lambda rng: chain(rng, FLOAT32), (2, 2, 400, 60)),
+    "small chain": Setup(lambda rng: chain(rng, FLOAT32), (19, 2, 12, 9)),
+    "two heads": Setup(lambda rng: trunk_with_two_heads(rng, FLOAT32), (2, 2, 300, 80)),
+}
+
+
+@pytest.fixture(params=SETUPS, ids=str)
+def setup(request: pytest.FixtureRequest, rng: np.random.Generator) -> tuple[Network, Array]:
+    """A network and a batch for it."""
+    found = SETUPS[request.param]
+    return found.network(rng), random_array(rng, found.shape, found.dtype)
+
+
+def prepared_on(backend: Backend, network: Network) -> PreparedNetwork:
+    return backend.prepare(network, Precision.HIGH)
+
+
+def test_the_cut_into_bands_changes_nothing(backend: Backend, setup: tuple[Network, Array]) -> None:
+    network, x = setup
+    prepared = prepared_on(backend, network)
+    whole = run(prepared, x)
+    for rows in (1, 2, 3, 7, 64):
+        assert_same_bits(whole, run(prepared, x, rows), f"bands of {rows} rows")
+
+
+def test_a_sample_alone_has_the_bits_it_has_in_a_batch(
+    backend: Backend, setup: tuple[Network, Array]
+) -> None:
+    network, x = setup
+    prepared = prepared_on(backend, network)
+    whole = run(prepared, x)
+    for sample in {0, len(x) // 2, len(x) - 1}:
+        alone = run(prepared, x[sample : sample + 1])
+        there = {name: array[sample : sample + 1] for name, array in whole.items()}
+        assert_same_bits(there, alone, f"sample {sample} alone")
+    twice = run(prepared, np.concatenate([x[1:], x]))
+    assert_same_bits(whole, {name: array[len(x) - 1 :] for name, array in twice.items()}, "a larger batch")
+
+
+def test_the_number_of_workers_changes_nothing(
+    variants: tuple[Backend, ...], setup: tuple[Network, Array]
+) -> None:
+    network, x = setup
+    first = run(prepared_on(variants[0], network), x)
+    for backend in variants[1:]:
+        workers = backend.describe().workers
+        for rows in (None, 5):
+            found = run(prepared_on(backend, network), x, rows)
+            assert_same_bits(first, found, f"{workers} workers, bands of {rows} rows")
+
+
+def test_others_at_the_same_time_change_nothing(backend: Backend, setup: tuple[Network, Array]) -> None:
+    network, x = setup
+    prepared = prepared_on(backend, network)
+    whole = run(prepared, x)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(run, prepared, x, rows) for rows in (None, 3, 11, None)]
+        for future in futures:
+            assert_same_bits(whole, future.result(), "beside others")
+
+
+def test_preparing_again_changes_nothing(backend: Backend, setup: tuple[Network, Array]) -> None:
+    network, x = setup
+    again = Network(network.nodes, network.outputs)
+    assert_same_bits(
+        run(prepared_on(backend, network), x), run(prepared_on(backend, again), x), "prepared again"
+    )
+
+
+def as_tall_as_a_block(prepared: PreparedNetwork, x: Array) -> bool:
+    """Whether every map is at least one block high, so that its blocks do not depend on the height."""
+    spec = spec_of(x)
+    sample = SampleShape(x.shape[1], x.shape[2], tuple(x.shape[3:]))
+    unknown = prepared.plan(spec_of(x, announced=False))
+    shapes = prepared.network.shapes(sample)
+    assert prepared.plan(spec).block_rows.keys() == unknown.block_rows.keys()
+    return all(shapes[node].height >= rows for node, rows in unknown.block_rows.items())
+
+
+def test_a_height_that_is_told_at_the_end_changes_nothing_in_tall_samples(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    compared = 0
+    for name, given in SETUPS.items():
+        network, x = given.network(rng), random_array(rng, given.shape, given.dtype)[:1]
+        if any(
+            isinstance(n.layer, Conv) and n.layer.padding == "same" and n.layer.stride[0] > 1
+            for n in network.nodes
+        ):
+            continue
+        prepared = prepared_on(backend, network)
+        if not as_tall_as_a_block(prepared, x):
+            continue
+        compared += 1
+        whole = run(prepared, x)
+        for rows in (1, 5):
+            assert_same_bits(
+                whole, run(prepared, x, rows, announced=False), f"{name}, {rows} rows, told at the end"
+            )
+    assert compared >= 5
+
+
+def test_rows_of_whole_blocks_do_not_depend_on_the_height(backend: Backend, rng: np.random.Generator) -> None:
+    network = conv(8, 3, 3, 3)(rng)
+    x = random_array(rng, (1, 3, 700, 90), FLOAT32)
+    prepared = prepared_on(backend, network)
+    block = prepared.plan(spec_of(x)).block_rows["layer0"]
+    assert block < 300
+    whole = run(prepared, x)["output"]
+    for height in (block + 2, 2 * block + 1, 333, 699):
+        found = run(prepared, x[:, :, :height])["output"]
+        assert_same_bits({"o": whole[:, :, : found.shape[2]]}, {"o": found}, f"height {height}")

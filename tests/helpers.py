@@ -1,0 +1,250 @@
+"""What several test modules need: the worked example, bands cut at will, comparison with the reference.
+
+Nothing here knows a backend by name or reaches over a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convservice.bands import Band, TensorSpec
+from convservice.dtypes import DTYPES, DType, dtype_of
+from convservice.geometry import SampleShape
+from convservice.layers import Conv
+from convservice.network import Network, Node
+from convservice.wire.enums import Precision
+from convservice.wire.headers import ResultSpec
+from convservice_backends.interface import Backend, PreparedNetwork, Session
+from convservice_backends.reference import Expected, layer_reference
+
+Array = NDArray[Any]
+
+FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_float)
+INTEGERS = tuple(dtype for dtype in DTYPES if not dtype.is_float)
+
+EXAMPLE_INPUT = ((3, 3, 2, 1, 0), (0, 0, 1, 3, 1), (3, 1, 2, 2, 3), (2, 0, 0, 2, 2), (2, 0, 0, 0, 1))
+EXAMPLE_WEIGHT = ((0, 1, 2), (2, 2, 0), (0, 1, 2))
+EXAMPLE_MAP = ((12, 12, 17), (10, 17, 19), (9, 6, 14))
+
+
+def worked_example(rank: int, x_dtype: DType, weight_dtype: DType) -> tuple[Array, Array, Array]:
+    """The worked example as (x, weight, feature map), each with its leading sizes of 1, in 1-D to 3-D.
+
+    1-D has the example's middle row under the filter's middle row; 3-D has the example as the second of
+    three planes, under a filter of two planes whose first is zero.
+    """
+    x, weight, fm = np.array(EXAMPLE_INPUT), np.array(EXAMPLE_WEIGHT), np.array(EXAMPLE_MAP)
+    if rank == 1:
+        x, weight = x[2], weight[1]
+        fm = np.array([x[i : i + 3] @ weight for i in range(3)])
+    elif rank == 3:
+        x = np.stack([np.full_like(x, 3), x, x[::-1]])
+        weight = np.stack([np.zeros_like(weight), weight])
+        flipped = x[2]
+        last = [[(flipped[i : i + 3, j : j + 3] * weight[1]).sum() for j in range(3)] for i in range(3)]
+        fm = np.stack([fm, np.array(last)])
+    return (
+        x[None, None].astype(x_dtype.numpy),
+        weight[None, None].astype(weight_dtype.numpy),
+        fm[None, None].astype(weight_dtype.numpy),
+    )
+
+
+def random_array(rng: np.random.Generator, shape: Sequence[int], dtype: DType) -> Array:
+    """Normally distributed numbers of a float dtype, or the whole range of an integer one."""
+    if dtype.is_float:
+        return rng.normal(size=shape).astype(dtype.numpy)
+    info = np.iinfo(dtype.numpy)
+    return rng.integers(info.min, info.max, size=shape, endpoint=True, dtype=dtype.numpy)
+
+
+def small_integers(rng: np.random.Generator, shape: Sequence[int], dtype: DType) -> Array:
+    """Integers from -4 to 4 (0 to 4 where unsigned) in any dtype: sums of their products are exact."""
+    low = 0 if dtype.name.startswith("u") else -4
+    return rng.integers(low, 4, size=shape, endpoint=True).astype(dtype.numpy)
+
+
+def nothing_wrong() -> None:
+    """The `Check` of a session that is never cancelled."""
+
+
+def every_map(network: Network) -> Network:
+    """The same network with the feature map of every node among its outputs, under the node's id."""
+    return Network(network.nodes, {node.id: node.id for node in network.nodes})
+
+
+def spec_of(x: Array, band_rows: int | None = None, *, announced: bool = True) -> TensorSpec:
+    """The tensor that `x`, shape (N, channels, *spatial), is."""
+    sample = SampleShape(x.shape[1], x.shape[2] if announced else None, tuple(x.shape[3:]))
+    return TensorSpec(dtype_of(x.dtype), sample, x.shape[0], band_rows or x.shape[2])
+
+
+def bands_of(x: Array, rows: int | None) -> Iterator[Band]:
+    """`x` as bands of `rows` rows of one sample; all of it as one band where not given."""
+    if rows is None:
+        yield Band(x)
+        return
+    for sample in range(x.shape[0]):
+        for first in range(0, x.shape[2], rows):
+            yield Band(x[sample : sample + 1, :, first : first + rows], sample, first)
+
+
+class Collector:
+    """Puts bands together again, and demands that they come in order, without gaps or overlaps."""
+
+    def __init__(self, outputs: Iterable[str]) -> None:
+        self._samples: dict[str, list[list[Array]]] = {name: [] for name in outputs}
+
+    def take(self, band: Band) -> None:
+        """Keeps a copy: the session may use the array again."""
+        samples = self._samples[band.output]
+        copies = [np.array(sample, copy=True) for sample in band.array]
+        if band.first_row == 0:
+            assert band.sample == len(samples), f"sample {band.sample} begins after {len(samples)} others"
+            samples.extend([copy] for copy in copies)
+        else:
+            rows = sum(part.shape[1] for part in samples[-1])
+            assert (band.sample, band.first_row, len(copies)) == (len(samples) - 1, rows, 1), "rows in order"
+            samples[-1].append(copies[0])
+
+    def arrays(self, results: Iterable[ResultSpec]) -> dict[str, Array]:
+        """Output name to (N, channels, *spatial)."""
+        found: dict[str, Array] = {}
+        for result in results:
+            sample = result.spec.sample
+            whole = [np.concatenate(parts, axis=1) for parts in self._samples[result.name]]
+            none = (0, sample.channels, sample.rows or 0, *sample.rest)
+            found[result.name] = np.stack(whole) if whole else np.empty(none, result.spec.dtype.numpy)
+        return found
+
+
+def run(
+    prepared: PreparedNetwork,
+    x: Array,
+    rows: int | None = None,
+    *,
+    out_dtype: DType | None = None,
+    announced: bool = True,
+    watch: Callable[[int, Band], None] | None = None,
+) -> dict[str, Array]:
+    """Sends `x` through a prepared network in-process, in bands of `rows` rows.
+
+    Args:
+        prepared: the network.
+        x: (N, channels, *spatial).
+        rows: rows in a band; everything at once where not given.
+        out_dtype: of the results.
+        announced: whether the height is told beforehand.
+        watch: given how many input rows (over all samples) had been handed over when a band came, and it.
+    """
+    plan = prepared.plan(spec_of(x, rows, announced=announced), out_dtype)
+    collector = Collector(prepared.network.outputs)
+    session = prepared.open(plan, nothing_wrong)
+    try:
+        for sent, band in _driven(session, x, rows):
+            if watch is not None:
+                watch(sent, band)
+            collector.take(band)
+    finally:
+        session.close()
+    return collector.arrays(plan.results)
+
+
+def _driven(session: Session, x: Array, rows: int | None) -> Iterator[tuple[int, Band]]:
+    sent = 0
+    for given in bands_of(x, rows):
+        sent += given.array.shape[0] * given.array.shape[2]
+        for band in session.submit(given):
+            yield sent, band
+    for band in session.finish():
+        yield sent, band
+
+
+def compute(backend: Backend, network: Network, x: Array, **options: Any) -> dict[str, Array]:
+    """Prepares `network` and sends `x` through it; see `run`."""
+    return run(backend.prepare(network, Precision.HIGH), x, **options)
+
+
+def check_every_layer(
+    network: Network, x: Array, maps: Mapping[str, Array], out: DType | None = None
+) -> None:
+    """Demands of every node's map what the reference says for the very input that the node received.
+
+    Args:
+        network: the network; its output dtype must not have narrowed the maps given here.
+        x: its input.
+        maps: node id to feature map.
+        out: dtype of the maps where it is not the network's own; for networks of one layer.
+    """
+    own = network.dtype(dtype_of(x.dtype))
+    for node in network.nodes:
+        given = x if node.inputs[0] == "input" else maps[node.inputs[0]]
+        expected = layer_reference(node.layer, given, own, out or own)
+        assert_expected(f"node {node.id}, {node.layer!r}, x {x.shape} {x.dtype}", expected, maps[node.id])
+
+
+def assert_expected(name: str, expected: Expected, actual: Array) -> None:
+    """Demands shape, dtype and every element; says where and by how much it is wrong."""
+    assert actual.shape == expected.value.shape, f"{name}: {actual.shape}, expected {expected.value.shape}"
+    assert dtype_of(actual.dtype) == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    places = np.argwhere(expected.wrong(actual))
+    if len(places):
+        lines = [f"{name}: {len(places)} of {actual.size} elements are wrong"]
+        for place in places[:5]:
+            at = tuple(int(i) for i in place)
+            allowed = "exactly" if expected.exact else f"within {expected.bound[at]:.3g}"
+            lines.append(f"  at {at}: {actual[at]!r}, expected {expected.value[at]!r} {allowed}")
+        raise AssertionError("\n".join(lines))
+
+
+def assert_same_bits(expected: Mapping[str, Array], actual: Mapping[str, Array], how: str) -> None:
+    """Demands equality bit for bit of every output."""
+    assert expected.keys() == actual.keys()
+    for name, want in expected.items():
+        got = actual[name]
+        assert (got.shape, got.dtype) == (want.shape, want.dtype), how
+        as_bits = np.dtype(f"u{want.dtype.itemsize}")
+        differ = np.argwhere(
+            np.ascontiguousarray(got).view(as_bits) != np.ascontiguousarray(want).view(as_bits)
+        )
+        if len(differ):
+            at = tuple(int(i) for i in differ[0])
+            raise AssertionError(
+                f"{how}: output {name!r} differs in {len(differ)} of {want.size} elements, first at {at}:"
+                f" {got[at]!r}, {want[at]!r}"
+            )
+
+
+def chain(rng: np.random.Generator, dtype: DType) -> Network:
+    """Three convolutions, the middle one with a stride, dilation and reflection: rows overlap everywhere."""
+    return Network(
+        [
+            Conv(random_array(rng, (4, 2, 3, 3), dtype), random_array(rng, (4,), dtype), padding=1),
+            Conv(
+                random_array(rng, (6, 2, 3, 2), dtype),
+                stride=(2, 1),
+                dilation=(2, 1),
+                groups=2,
+                padding=((2, 3), (1, 0)),
+                padding_mode="reflect",
+                activation="relu",
+            ),
+            Conv(random_array(rng, (3, 6, 2, 3), dtype), padding="same", padding_mode="replicate"),
+        ]
+    )
+
+
+def trunk_with_two_heads(rng: np.random.Generator, dtype: DType) -> Network:
+    """One convolution whose map two others take, one of them of lower height; both are outputs."""
+    return Network(
+        [
+            Node("trunk", Conv(random_array(rng, (4, 2, 3, 3), dtype), padding=1, activation="relu")),
+            Node("wide", Conv(random_array(rng, (2, 4, 5, 5), dtype), padding=2), ("trunk",)),
+            Node("low", Conv(random_array(rng, (3, 4, 2, 2), dtype), stride=3), ("trunk",)),
+        ],
+        {"wide": "wide", "low": "low"},
+    )
