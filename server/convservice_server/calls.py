@@ -1,0 +1,46 @@
+"""A call as the service sees it, whatever carries it: who asks, and whether anybody still wants the
+answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from convservice.errors import Cancelled, DeadlineExceeded, Reason
+
+Clock = Callable[[], float]
+"""Seconds that never go back, such as `time.monotonic`."""
+
+
+class Call:
+    """One call.
+
+    Args:
+        owner: whose networks and weights it may use; all clients are one owner as long as none says who it
+            is.
+        deadline: by `clock`, when the caller stops waiting; None for never.
+        clock: tells the time.
+    """
+
+    def __init__(self, owner: str = "", deadline: float | None = None, clock: Clock = time.monotonic) -> None:
+        self.owner = owner
+        self._deadline = deadline
+        self._clock = clock
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """Says, from any thread, that the caller cancelled, disconnected or ran out of time."""
+        self._given_up.set()
+
+    def check(self) -> None:
+        """Returns while the answer is wanted.
+
+        Raises:
+            DeadlineExceeded: the caller's deadline has passed.
+            Cancelled: the caller gave the call up, or is gone.
+        """
+        if self._deadline is not None and self._clock() >= self._deadline:
+            raise DeadlineExceeded("the call's deadline has passed", reason=Reason.DEADLINE)
+        if self._given_up.is_set():
+            raise Cancelled("the caller gave the call up", reason=Reason.CANCELLED)

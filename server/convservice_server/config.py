@@ -1,0 +1,180 @@
+"""The server's settings, validated once.
+
+Given keyword values, as a command line has them, this hands on a `ServerConfig` that the rest of the server
+can take as right: every number is in its range and the numbers fit one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convservice.bands import PAYLOAD_BYTES
+from convservice.errors import InvalidRequest, Reason
+
+MIB = 1 << 20
+MESSAGE_SLACK_BYTES = 128 << 10
+"""Room in a message beside tensor bytes: headers, names, the structure of an inline network."""
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def machine_memory_bytes() -> int:
+    """Bytes of memory that this process may use: the machine's, or its control group's if that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in _CGROUP_LIMITS:
+        try:
+            memory = min(memory, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such control group, or "max"
+            continue
+    return memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """What a server is told.
+
+    Attributes:
+        listen: `HOST:PORT` to listen on; port 0 picks a free one; an IPv6 host stands in brackets.
+        backend: the backend for tensors that name none; `"auto"` takes the first that works.
+        memory_budget_bytes: for all running tensors together; half of the machine's memory.
+        weights_budget_bytes: for all weights together, prepared forms included; a quarter of the memory.
+        max_streams: `ConvolveStream` calls served at the same time, each with a worker of its own.
+        max_uploads: `PutWeights` calls (and reflection calls) served at the same time, likewise.
+        unary_workers: workers that streams can never take: for unary calls and health.
+        max_message_bytes: largest message taken or sent; gRPC's own default, which every client and proxy
+            passes.
+        max_unary_bytes: largest input and outputs of `Convolve` together.
+        max_inline_weight_bytes: largest weights carried inline in one call.
+        lease_seconds: for which weights that no network uses are kept.
+        idle_timeout: seconds after which a call on which nothing moves is ended.
+        drain_grace: seconds that running tensors get to finish when the server stops.
+        drain_linger: seconds that a stream between two tensors stays open while the server stops.
+        log_format: `"text"` or `"json"`, on standard error.
+        log_level: `"debug"`, `"info"`, `"warning"` or `"error"`.
+
+    Raises:
+        InvalidRequest: a setting is out of range; the message names it, the rule and the value.
+    """
+
+    listen: str = "127.0.0.1:50051"
+    backend: str = "auto"
+    memory_budget_bytes: int = field(default_factory=lambda: machine_memory_bytes() // 2)
+    weights_budget_bytes: int = field(default_factory=lambda: machine_memory_bytes() // 4)
+    max_streams: int = 64
+    max_uploads: int = 8
+    unary_workers: int = field(default_factory=lambda: max(8, 2 * (os.cpu_count() or 1)))
+    max_message_bytes: int = 4 * MIB
+    max_unary_bytes: int = MIB
+    max_inline_weight_bytes: int = MIB
+    lease_seconds: int = 60
+    idle_timeout: float = 60.0
+    drain_grace: float = 30.0
+    drain_linger: float = 1.0
+    log_format: str = "text"
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        split_address(self.listen)
+        for name in (
+            "memory_budget_bytes",
+            "weights_budget_bytes",
+            "max_unary_bytes",
+            "max_inline_weight_bytes",
+        ):
+            self._whole(name, 1, 1 << 62)
+        self._whole("max_message_bytes", PAYLOAD_BYTES + MESSAGE_SLACK_BYTES, 1 << 30)
+        for name in ("max_streams", "max_uploads", "unary_workers"):
+            self._whole(name, 1, 4096)
+        self._whole("lease_seconds", 1, 86_400)
+        for name in ("idle_timeout", "drain_grace", "drain_linger"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise _wrong(name, "a number of seconds, at least 0", value)
+        if self.idle_timeout == 0:
+            raise _wrong("idle_timeout", "above 0 seconds", self.idle_timeout)
+        self._one_of("log_format", ("text", "json"))
+        self._one_of("log_level", ("debug", "info", "warning", "error"))
+        if not self.backend:
+            raise _wrong("backend", "a backend's name or 'auto'", self.backend)
+        together = self.max_unary_bytes + self.max_inline_weight_bytes + MESSAGE_SLACK_BYTES
+        if together > self.max_message_bytes:
+            raise _wrong(
+                "max_message_bytes",
+                f"at least max_unary_bytes + max_inline_weight_bytes + {MESSAGE_SLACK_BYTES} = {together}",
+                self.max_message_bytes,
+            )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port to listen on."""
+        return split_address(self.listen)
+
+    @property
+    def pool_size(self) -> int:
+        """Workers in all: those of streams, of uploads, and those that neither can take."""
+        return self.max_streams + self.max_uploads + self.unary_workers
+
+    @classmethod
+    def of(cls, **overrides: Any) -> ServerConfig:
+        """The defaults with what a command line or a caller set; a None stands for the default.
+
+        Sizes (`*_bytes`) may be strings with a unit, such as `"512MiB"` or `"2G"`, in powers of 1024.
+
+        Raises:
+            InvalidRequest: an unknown setting, or a value out of range.
+        """
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise _wrong(unknown[0], f"one of the settings {', '.join(sorted(known))}", overrides[unknown[0]])
+        return cls(**_given(overrides))
+
+    def _whole(self, name: str, minimum: int, maximum: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise _wrong(name, f"a whole number from {minimum} to {maximum}", value)
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise _wrong(name, " or ".join(repr(value) for value in allowed), getattr(self, name))
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`; the brackets of an IPv6 host are kept."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
+    if match is None or int(match[2]) > 65_535:
+        raise _wrong("listen", "HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:50051", listen)
+    return match[1], int(match[2])
+
+
+def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if value is None:
+            continue
+        given[name] = _size(name, value) if name.endswith("_bytes") and isinstance(value, str) else value
+    return given
+
+
+def _size(name: str, text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(?:i?B)?\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise _wrong(name, "a number of bytes, with or without a unit such as KiB, MiB or GiB", text)
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _wrong(name: str, rule: str, value: object) -> InvalidRequest:
+    return InvalidRequest(
+        f"{name} must be {rule}, not {value!r}",
+        reason=Reason.INVALID_PARAMETER,
+        metadata={"name": name, "value": repr(value)},
+        field=name,
+    )

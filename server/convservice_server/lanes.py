@@ -1,0 +1,60 @@
+"""Calls of one kind that run at the same time: counted, and refused beyond a limit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from convservice.errors import Reason, ResourceExhausted
+
+_RETRY_AFTER = 1.0
+
+
+class Lane:
+    """One kind of call.
+
+    Args:
+        kind: its name, for messages.
+        limit: most calls at the same time.
+    """
+
+    def __init__(self, kind: str, limit: int) -> None:
+        self._kind = kind
+        self._limit = limit
+        self._changed = threading.Condition()  # guards _count
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """Calls that run now."""
+        with self._changed:
+            return self._count
+
+    @contextmanager
+    def enter(self) -> Generator[None]:
+        """Counts a call while the context lasts.
+
+        Raises:
+            ResourceExhausted: `TOO_MANY_STREAMS`: as many run as may.
+        """
+        with self._changed:
+            if self._count >= self._limit:
+                raise ResourceExhausted(
+                    f"at most {self._limit} {self._kind} run at the same time, and as many do",
+                    reason=Reason.TOO_MANY_STREAMS,
+                    metadata={"limit": str(self._limit)},
+                    retry_after=_RETRY_AFTER,
+                )
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Waits until none runs; False when some still do after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._count == 0, timeout)
