@@ -104,7 +104,7 @@ def dtype_of(value: DTypeLike) -> DType:
         return _BY_NAME[value]
     try:
         name = np.dtype(value).name
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, SyntaxError):
         name = str(value)
     found = _BY_NAME.get(name)
     if found is None:

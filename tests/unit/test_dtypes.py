@@ -5,7 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from convservice.dtypes import DTYPES, DType, dtype_of, dtype_of_wire
@@ -61,7 +61,9 @@ def test_other_dtypes_are_refused_with_their_name(value: Any) -> None:
     assert caught.value.metadata["data_type"]
 
 
+@pytest.mark.filterwarnings("ignore:Data type alias:DeprecationWarning")
 @given(st.text(max_size=12))
+@example(",")
 def test_any_text_is_a_dtype_or_refused(text: str) -> None:
     try:
         found = dtype_of(text)

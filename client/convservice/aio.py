@@ -1,0 +1,277 @@
+"""The async client: the twin of `client`, method for method, for asyncio."""
+
+# ruff: noqa: ASYNC109 - `timeout` is the promised argument, and its limit travels to the server
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self, TypeVar, overload
+
+from numpy.typing import ArrayLike, NDArray
+
+from convservice import flows
+from convservice.aio_channel import AsyncConnection
+from convservice.aio_transfer import AsyncPipeline, each, stream_bands
+from convservice.arrays import Options, as_input
+from convservice.bands import Band
+from convservice.bandstream import BandJob
+from convservice.channel import Endpoint, Tls
+from convservice.convolutions import Convolutions
+from convservice.dtypes import DTypeLike
+from convservice.errors import ConvServiceError
+from convservice.flight import numbered
+from convservice.info import ServerInfo
+from convservice.jobs import Job
+from convservice.layers import Layer
+from convservice.network import Network
+from convservice.progress import Meter, ProgressLike, metered
+from convservice.registered import (
+    AsyncRegisteredNetwork,
+    NetworkLike,
+    RegisteredNetwork,
+    name_of,
+    network_of,
+)
+from convservice.transfer import OnReport
+
+T = TypeVar("T")
+
+
+def connect_async(
+    target: str, *, tls: Tls = None, token: str | None = None, timeout: float | None = None
+) -> AsyncConvClient:
+    """An async client of the server at `target`; takes what `connect` takes."""
+    return AsyncConvClient(Endpoint(target, tls, token), timeout)
+
+
+class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
+    """An async client of one server; made by `connect_async`. Close it, or use it with `async with`.
+
+    One client serves any number of tasks of one event loop. Methods take what `ConvClient`'s take and hand
+    back what those do, awaited or in an `async for`. gRPC's asyncio cannot be used in a forked child of a
+    process that used it: start such a child afresh ("spawn"), or use `ConvClient`.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout: float | None = None) -> None:
+        super().__init__(endpoint, timeout)
+        self._connection = AsyncConnection(endpoint)
+        self._known = flows.KnownNetworks()
+
+    @overload
+    async def run(
+        self,
+        network: Layer,
+        x: ArrayLike,
+        *,
+        data_format: str = "channels_first",
+        out_dtype: DTypeLike | None = None,
+        precision: str = "high",
+        backend: str | None = None,
+        timeout: float | None = None,
+        progress: ProgressLike = None,
+        on_report: OnReport = None,
+    ) -> NDArray[Any]: ...
+    @overload
+    async def run(
+        self,
+        network: Network | RegisteredNetwork | AsyncRegisteredNetwork,
+        x: ArrayLike,
+        *,
+        data_format: str = "channels_first",
+        out_dtype: DTypeLike | None = None,
+        precision: str = "high",
+        backend: str | None = None,
+        timeout: float | None = None,
+        progress: ProgressLike = None,
+        on_report: OnReport = None,
+    ) -> Any: ...
+    async def run(
+        self,
+        network: NetworkLike,
+        x: ArrayLike,
+        *,
+        data_format: str = "channels_first",
+        out_dtype: DTypeLike | None = None,
+        precision: str = "high",
+        backend: str | None = None,
+        timeout: float | None = None,
+        progress: ProgressLike = None,
+        on_report: OnReport = None,
+    ) -> Any:
+        """Sends one array through a network; see `ConvClient.run`."""
+        options = self._options(data_format, out_dtype, precision, backend, timeout)
+        net = network_of(network)
+        job = Job.of(net, as_input(x, net.rank, options.data_format), options)
+        return await self._send(job, options, progress, on_report)
+
+    def map(
+        self,
+        network: NetworkLike,
+        xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        *,
+        data_format: str = "channels_first",
+        out_dtype: DTypeLike | None = None,
+        precision: str = "high",
+        backend: str | None = None,
+        timeout: float | None = None,
+        on_report: OnReport = None,
+    ) -> AsyncGenerator[Any, None]:
+        """Sends many arrays through a network, one after another over one stream; see `ConvClient.map`.
+
+        `xs` may be an async iterable; a plain one is iterated in the event loop and must not block. To leave
+        early at a definite moment wrap the result in `contextlib.aclosing`.
+        """
+        options = self._options(data_format, out_dtype, precision, backend, timeout)
+        net = network_of(network)
+
+        async def jobs() -> AsyncIterator[Job]:
+            number = 0
+            async for x in each(xs):
+                number += 1
+                yield Job.of(net, as_input(x, net.rank, options.data_format), options, number)
+
+        return self._results(net, jobs(), options, Meter(None, None, None), on_report)
+
+    def stream(
+        self,
+        network: NetworkLike,
+        bands: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        *,
+        shape: Sequence[int | None],
+        dtype: DTypeLike,
+        band_rows: int | None = None,
+        data_format: str = "channels_first",
+        out_dtype: DTypeLike | None = None,
+        precision: str = "high",
+        backend: str | None = None,
+        timeout: float | None = None,
+        progress: ProgressLike = None,
+        on_report: OnReport = None,
+    ) -> AsyncGenerator[Band, None]:
+        """Sends one tensor as it comes and hands out its results as they come; see `ConvClient.stream`.
+
+        `bands` may be an async iterable; a plain one is iterated in the event loop and must not block. To
+        leave early at a definite moment wrap the result in `contextlib.aclosing`.
+        """
+        options = self._options(data_format, out_dtype, precision, backend, timeout)
+        net = network_of(network)
+        job = BandJob.of(net, shape, dtype, band_rows, options)
+        return self._stream(job, bands, options, progress, on_report)
+
+    async def register(
+        self,
+        network: Network | Layer,
+        *,
+        timeout: float | None = None,
+    ) -> AsyncRegisteredNetwork:
+        """Sends a network to the server, which keeps it; see `ConvClient.register`."""
+        net = network_of(network)
+        await self._drive(flows.register(self._known, net), self._limit(timeout))
+        return AsyncRegisteredNetwork(self, net)
+
+    async def network(self, name: str, *, timeout: float | None = None) -> AsyncRegisteredNetwork:
+        """The registered network of that name; see `ConvClient.network`."""
+        network = await self._drive(flows.get_network(self._known, name), self._limit(timeout))
+        return AsyncRegisteredNetwork(self, network)
+
+    async def networks(self, *, timeout: float | None = None) -> tuple[str, ...]:
+        """The names of the caller's registered networks, in order."""
+        return await self._drive(flows.list_networks(), self._limit(timeout))
+
+    async def unregister(self, network: NetworkLike | str, *, timeout: float | None = None) -> None:
+        """Lets the server forget a network, given or named; see `ConvClient.unregister`."""
+        await self._drive(flows.unregister(self._known, name_of(network)), self._limit(timeout))
+
+    async def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """The server's version, backends (or why they cannot run), limits and use."""
+        return await self._drive(flows.server_info(), self._limit(timeout))
+
+    async def close(self) -> None:
+        """Closes the connection; calls that still run are cancelled. More than once is fine."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncConvClient({self.target!r})"
+
+    async def _send(self, job: Job, options: Options, progress: ProgressLike, on_report: OnReport) -> Any:
+        with metered(progress, job.input_bytes, job.output_bytes) as meter:
+            collector = None
+            if job.small:
+                collector = await self._drive(flows.convolve(self._known, job, self.target), options.timeout)
+            if collector is None:
+                results = self._results(job.network, each(numbered(iter([job]))), options, meter, on_report)
+                (result,) = [result async for result in results]
+                return result
+            meter.sent(job.input_bytes)
+            meter.received(job.output_bytes)
+        if on_report is not None and collector.report is not None:
+            on_report(collector.report)
+        return collector.result()
+
+    async def _results(
+        self,
+        network: Network,
+        jobs: AsyncIterator[Job],
+        options: Options,
+        meter: Meter,
+        on_report: OnReport,
+    ) -> AsyncGenerator[Any, None]:
+        await self._drive(flows.ensure(self._known, network), options.timeout)
+
+        async def register(lacking: Network) -> None:
+            await self._drive(flows.register(self._known, lacking), options.timeout)
+
+        pipeline = AsyncPipeline(
+            self._connection, register, jobs, timeout=options.timeout, meter=meter, on_report=on_report
+        )
+        async with aclosing(pipeline.results()) as results:
+            async for result in results:
+                yield result
+
+    async def _stream(
+        self,
+        job: BandJob,
+        bands: Iterable[ArrayLike] | AsyncIterable[ArrayLike],
+        options: Options,
+        progress: ProgressLike,
+        on_report: OnReport,
+    ) -> AsyncGenerator[Band, None]:
+        self._known.forget(job.network.name)  # nothing is sent again, so the server is asked beforehand
+        await self._drive(flows.ensure(self._known, job.network), options.timeout)
+        with metered(progress, job.request.spec.total_bytes, job.output_bytes) as meter:
+            results = stream_bands(
+                self._connection, job, bands, timeout=options.timeout, meter=meter, on_report=on_report
+            )
+            async with aclosing(results):
+                async for band in results:
+                    yield band
+
+    def _limit(self, timeout: float | None) -> float | None:
+        return self._options("channels_first", None, "high", None, timeout).timeout
+
+    async def _drive(self, flow: flows.Flow[T], timeout: float | None) -> T:
+        """Makes the calls of a flow, all of them within `timeout` seconds, and hands back its result."""
+        end = None if timeout is None else time.monotonic() + timeout
+        try:
+            call = next(flow)
+            while True:
+                left = None if end is None else max(0.001, end - time.monotonic())
+                try:
+                    answer = await self._connection.unary(call.method, call.payload(), left)
+                except ConvServiceError as exc:
+                    call = flow.throw(exc)
+                else:
+                    call = flow.send(answer)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result

@@ -1,0 +1,277 @@
+"""The async client's streams: the twin of `transfer`, with tasks where that has threads and locks.
+
+A task of its own writes, from the start of the call; the answers are read in the caller's task. Everything
+runs in one event loop, so nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from convservice.aio_channel import AsyncConnection, AsyncStream
+from convservice.bands import Band
+from convservice.bandstream import BandJob, BandReader, BandWriter
+from convservice.errors import Cancelled, ConvServiceError, ServiceUnavailable
+from convservice.flight import Flight
+from convservice.flows import is_missing
+from convservice.jobs import Collector, Job, broken
+from convservice.network import Network
+from convservice.progress import Meter
+from convservice.transfer import BACKOFF, OnReport, timed_out, unanswered
+from convservice.v1 import conv_pb2 as pb
+
+T = TypeVar("T")
+
+
+class AsyncPipeline:
+    """Whole tensors through one stream: written ahead within `Flight`'s bound, results in order.
+
+    See `transfer.Pipeline`, whose arguments it takes.
+    """
+
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        register: Callable[[Network], Awaitable[None]],
+        jobs: AsyncIterator[Job],
+        *,
+        timeout: float | None,
+        meter: Meter,
+        on_report: OnReport = None,
+    ) -> None:
+        self._connection = connection
+        self._register = register
+        self._jobs = jobs
+        self._timeout = timeout
+        self._meter = meter
+        self._on_report = on_report
+        self._pulling: asyncio.Task[None] | None = None
+        self._pulled: Job | None = None
+        self._jobs_error: BaseException | None = None
+        self._ended = False
+        self._flight = Flight()
+        self._changed = asyncio.Event()  # set whenever reader or writer may have something to do
+        self._call: AsyncStream | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._fatal: BaseException | None = None
+
+    async def results(self) -> AsyncGenerator[Any, None]:
+        """The results, in order. Leaving early cancels the call."""
+        try:
+            while (collector := await self._next()) is not None:
+                if self._on_report is not None and collector.report is not None:
+                    self._on_report(collector.report)
+                yield collector.result()
+        finally:
+            self._drop_call()
+            if self._pulling is not None:
+                self._pulling.cancel()
+        if self._jobs_error is not None:
+            raise self._jobs_error
+
+    async def _next(self) -> Collector | None:
+        """The next tensor's results, over as many connections as it takes; None at the end."""
+        call = self._call or self._open_call()
+        while not (len(self._flight) or self._ended or self._fatal):
+            await self._change()
+        if self._ended and not len(self._flight):
+            await self._read_end(call)
+            return None
+        limit = asyncio.timeout(self._timeout)
+        try:
+            async with limit:
+                return await self._read_surely()
+        except TimeoutError:
+            if limit.expired():
+                raise timed_out(self._timeout or 0.0, self._connection.target) from None
+            raise
+
+    async def _read_surely(self) -> Collector:
+        failures, registered = 0, False
+        while True:
+            try:
+                return await self._read()
+            except ConvServiceError as exc:
+                self._drop_call()
+                if self._fatal is not None:
+                    raise self._fatal from None
+                if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
+                    await asyncio.sleep(BACKOFF[failures])
+                    failures += 1
+                    continue
+                job = self._flight.oldest
+                if not is_missing(exc) or registered or job is None:
+                    raise
+                await self._register(job.network)
+                registered = True
+
+    async def _read(self) -> Collector:
+        call = self._call or self._open_call()
+        collector: Collector | None = None
+        while (message := await call.answer()) is not None:
+            if collector is None:
+                collector = self._collector()
+            self._meter.received(len(message.payload.data))
+            if collector.receive(message):
+                self._flight.deliver()
+                self._changed.set()
+                return collector
+        raise unanswered(self._connection.target)
+
+    async def _read_end(self, call: AsyncStream) -> None:
+        """Lets the server end the stream; with every tensor delivered, how it ends is all the same."""
+        with suppress(Cancelled, ServiceUnavailable):
+            if await call.answer() is not None:
+                raise broken("an answer came after every tensor was closed", self._connection.target)
+
+    def _collector(self) -> Collector:
+        job = self._flight.oldest
+        if job is None:
+            raise broken("an answer came before any tensor was sent", self._connection.target)
+        return Collector(job, self._connection.target)
+
+    def _open_call(self) -> AsyncStream:
+        self._meter.restart()
+        self._flight.lose()
+        call = self._call = self._connection.stream(None)
+        self._writer = asyncio.create_task(self._write(call))
+        return call
+
+    def _drop_call(self) -> None:
+        """Cancels the call and its writer."""
+        if self._call is not None:
+            self._call.cancel()
+            self._call = None
+        if self._writer is not None:
+            self._writer.cancel()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    # In the writer's task:
+
+    async def _write(self, call: AsyncStream) -> None:
+        try:
+            await write_all(call, self._messages(), self._meter)
+        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
+            self._fatal = exc
+            self._changed.set()
+            call.cancel()
+
+    async def _messages(self) -> AsyncIterator[pb.ConvolveStreamRequest]:
+        while (job := await self._next_job()) is not None:
+            for message in job.messages():
+                yield message
+
+    async def _next_job(self) -> Job | None:
+        """The next job to write, when there is room for it; None at the end."""
+        job = self._flight.rewrite()
+        if job is not None:
+            return job
+        if self._pulled is None and not self._ended:
+            if self._pulling is None:  # a task of its own, which a lost connection does not cancel
+                self._pulling = asyncio.create_task(self._pull())
+            await asyncio.shield(self._pulling)
+        job = self._pulled
+        if job is None:
+            return None
+        while not self._flight.admits(job):
+            await self._change()
+        self._flight.write(job)
+        self._changed.set()
+        self._pulled = None
+        return job
+
+    async def _pull(self) -> None:
+        """Takes the next job from the caller's iterator."""
+        try:
+            self._pulled = await anext(self._jobs, None)
+        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
+            self._jobs_error = exc
+        self._ended = self._pulled is None
+        self._pulling = None
+        self._changed.set()
+
+
+async def stream_bands(
+    connection: AsyncConnection,
+    job: BandJob,
+    bands: Iterable[Any] | AsyncIterable[Any],
+    *,
+    timeout: float | None,  # noqa: ASYNC109 - gRPC's own
+    meter: Meter,
+    on_report: OnReport,
+) -> AsyncGenerator[Band, None]:
+    """One tensor band by band: the results' bands as they come. Leaving early cancels the call.
+
+    Raises:
+        ServiceUnavailable: the connection was lost; the metadata says how far the results had come.
+    """
+    reader = BandReader(job, connection.target)
+    failed: list[BaseException] = []
+    call = connection.stream(timeout)
+
+    async def write() -> None:
+        try:
+            await write_all(call, band_messages(job, bands), meter)
+        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
+            failed.append(exc)
+            call.cancel()
+
+    writer = asyncio.create_task(write())
+    try:
+        while (message := await call.answer()) is not None:
+            meter.received(len(message.payload.data))
+            for band in reader.receive(message):
+                yield band
+        if reader.report is None:
+            raise unanswered(connection.target)
+    except ConvServiceError as exc:
+        if failed:
+            raise failed[0] from None
+        if isinstance(exc, ServiceUnavailable):
+            raise reader.interrupted(exc) from exc.__cause__
+        raise
+    finally:
+        call.cancel()
+        writer.cancel()
+    if on_report is not None:
+        on_report(reader.report)
+
+
+async def band_messages(
+    job: BandJob, bands: Iterable[Any] | AsyncIterable[Any]
+) -> AsyncIterator[pb.ConvolveStreamRequest]:
+    """All messages of a band job, as the bands come."""
+    writer = BandWriter(job)
+    yield writer.header()
+    async for band in each(bands):
+        for message in writer.add(band):
+            yield message
+    for message in writer.end():
+        yield message
+
+
+async def write_all(
+    call: AsyncStream, messages: AsyncIterator[pb.ConvolveStreamRequest], meter: Meter
+) -> None:
+    """Writes messages until they end, or the call does: why it did, its answers tell."""
+    async for message in messages:
+        if not await call.write(message):
+            return
+        meter.sent(len(message.payload.data))
+    await call.done_writing()
+
+
+async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    """The items of an iterable of either kind."""
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

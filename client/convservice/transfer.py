@@ -1,0 +1,308 @@
+"""The sync client's streams: whole tensors one after another, and one tensor band by band.
+
+Both are given a `Connection` and what to send. gRPC takes the requests in a thread of its own, from the
+start of the call; the answers are read in the caller's thread, so that neither waits for the other. The
+books are kept by `jobs` and `bandstream`; here are the thread, the locks and the reconnecting.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from convservice.bands import Band
+from convservice.bandstream import BandJob, BandReader, BandWriter
+from convservice.channel import Connection
+from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason, ServiceUnavailable
+from convservice.flight import Flight
+from convservice.flows import is_missing
+from convservice.jobs import Collector, Job, broken
+from convservice.network import Network
+from convservice.progress import Meter
+from convservice.v1 import conv_pb2 as pb
+from convservice.watchdog import Watchdog
+from convservice.wire.headers import TensorReport
+
+BACKOFF = (0.1, 0.4, 1.6)
+"""Seconds before each attempt to go on after a lost connection; then the error stands."""
+
+METHOD = "ConvolveStream"
+
+OnReport = Callable[[TensorReport], None] | None
+"""What a caller passes as `on_report`."""
+
+
+class Pipeline:
+    """Whole tensors through one stream: written ahead within `Flight`'s bound, results in order.
+
+    A connection that is lost is opened anew, and what was not delivered is sent again. An error of the
+    jobs' own iterator comes out after the results of the jobs before it.
+
+    Args:
+        connection: to the server.
+        register: sends a network there, for a server that lacks it.
+        jobs: numbered 1, 2, ...; taken as there is room in flight, in gRPC's thread.
+        timeout: seconds that each tensor may take, from its turn on; None for no limit.
+        meter: is told of every byte.
+        on_report: is given each tensor's report before its result is handed on.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        register: Callable[[Network], None],
+        jobs: Iterator[Job],
+        *,
+        timeout: float | None,
+        meter: Meter,
+        on_report: OnReport = None,
+    ) -> None:
+        self._connection = connection
+        self._register = register
+        self._jobs = jobs
+        self._timeout = timeout
+        self._meter = meter
+        self._on_report = on_report
+        self._waiting_since: float | None = None
+        self._answers: Iterator[pb.ConvolveStreamResponse] = iter(())
+        self._pulling = threading.Lock()  # guards the next two: one writer at a time takes from `_jobs`
+        self._pulled: Job | None = None
+        self._jobs_error: BaseException | None = None
+        self._changed = threading.Condition()  # guards what follows
+        self._ended = False
+        self._flight = Flight()
+        self._generation = 0
+        self._call: Any = None
+        self._fatal: BaseException | None = None
+
+    def results(self) -> Iterator[Any]:
+        """The results, in order. Leaving early cancels the call."""
+        try:
+            with Watchdog(self._timeout, self.due, self._time_out):
+                while (collector := self._next()) is not None:
+                    if self._on_report is not None and collector.report is not None:
+                        self._on_report(collector.report)
+                    yield collector.result()
+        finally:
+            self._drop_call()
+        if self._jobs_error is not None:
+            raise self._jobs_error
+
+    def _next(self) -> Collector | None:
+        """The next tensor's results, over as many connections as it takes; None at the end."""
+        if self._call is None:
+            self._open_call()
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._flight) or self._ended or self._fatal)
+        if self._ended and not len(self._flight):
+            self._read_end()
+            return None
+        self._waiting_since = time.monotonic()
+        failures, registered = 0, False
+        while True:
+            try:
+                collector = self._read()
+                self._waiting_since = None
+                return collector
+            except ConvServiceError as exc:
+                self._drop_call()
+                if self._fatal is not None:
+                    raise self._fatal from None
+                if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
+                    time.sleep(BACKOFF[failures])
+                    failures += 1
+                    continue
+                job = self._flight.oldest
+                if not is_missing(exc) or registered or job is None:
+                    raise
+                self._register(job.network)
+                registered = True
+
+    def _read(self) -> Collector:
+        if self._call is None:
+            self._open_call()
+        collector: Collector | None = None
+        for message in self._answers:
+            if collector is None:
+                collector = self._collector()
+            self._meter.received(len(message.payload.data))
+            if collector.receive(message):
+                with self._changed:
+                    self._flight.deliver()
+                    self._changed.notify_all()
+                return collector
+        raise unanswered(self._connection.target)
+
+    def _read_end(self) -> None:
+        """Lets the server end the stream; with every tensor delivered, how it ends is all the same."""
+        with suppress(Cancelled, ServiceUnavailable):
+            for _ in self._answers:
+                raise broken("an answer came after every tensor was closed", self._connection.target)
+
+    def _collector(self) -> Collector:
+        with self._changed:
+            job = self._flight.oldest
+        if job is None:
+            raise broken("an answer came before any tensor was sent", self._connection.target)
+        return Collector(job, self._connection.target)
+
+    def _open_call(self) -> None:
+        self._meter.restart()
+        with self._changed:
+            if self._fatal is not None:
+                raise self._fatal
+            self._flight.lose()
+            self._call = self._connection.stream(self._requests(self._generation), None)
+            self._answers = self._connection.answers(self._call)
+
+    def _drop_call(self) -> None:
+        """Cancels the call and tells its writer to stop."""
+        with self._changed:
+            self._generation += 1
+            self._changed.notify_all()
+            call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends everything with `error`, from another thread than the reader's."""
+        with self._changed:
+            self._fatal = error
+            self._changed.notify_all()
+            call = self._call
+        if call is not None:
+            call.cancel()
+
+    # In gRPC's thread:
+
+    def _requests(self, generation: int) -> Iterator[pb.ConvolveStreamRequest]:
+        try:
+            while (job := self._next_job(generation)) is not None:
+                for message in job.messages():
+                    yield message
+                    self._meter.sent(len(message.payload.data))
+        except Exception as exc:  # noqa: BLE001 - raised again in the caller's thread
+            self._fail(exc)
+
+    def _next_job(self, generation: int) -> Job | None:
+        """The next job to write, when there is room for it; None when this writer is to end."""
+        with self._changed:
+            job = self._flight.rewrite() if generation == self._generation else None
+        if job is not None:
+            return job
+        with self._pulling:
+            if generation == self._generation:
+                self._pull()
+            job = self._pulled
+            if job is None:
+                return None
+            with self._changed:
+                self._changed.wait_for(lambda: generation != self._generation or self._flight.admits(job))
+                if generation != self._generation:
+                    return None
+                self._flight.write(job)
+                self._changed.notify_all()
+                self._pulled = None
+                return job
+
+    def _pull(self) -> None:
+        """Takes the next job from the caller's iterator, unless one is at hand."""
+        if self._pulled is not None or self._ended:
+            return
+        try:
+            self._pulled = next(self._jobs, None)
+        except BaseException as exc:  # noqa: BLE001 - raised again in the caller's thread
+            self._jobs_error = exc
+        if self._pulled is None:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    # In the watchdog's thread:
+
+    def due(self) -> float | None:
+        """When the tensor that is waited for must be complete."""
+        since, timeout = self._waiting_since, self._timeout
+        return None if since is None or timeout is None else since + timeout
+
+    def _time_out(self) -> None:
+        self._fail(timed_out(self._timeout or 0.0, self._connection.target))
+
+
+def stream_bands(
+    connection: Connection,
+    job: BandJob,
+    bands: Iterable[Any],
+    *,
+    timeout: float | None,
+    meter: Meter,
+    on_report: OnReport,
+) -> Iterator[Band]:
+    """One tensor band by band: the results' bands as they come. Leaving early cancels the call.
+
+    Raises:
+        ServiceUnavailable: the connection was lost; the metadata says how far the results had come.
+    """
+    reader = BandReader(job, connection.target)
+    failed: list[BaseException] = []
+    call: Any = None
+
+    def requests() -> Iterator[pb.ConvolveStreamRequest]:
+        try:
+            for message in band_messages(job, bands):
+                yield message
+                meter.sent(len(message.payload.data))
+        except Exception as exc:  # noqa: BLE001 - raised again in the caller's thread
+            failed.append(exc)
+            started.wait()
+            call.cancel()
+
+    started = threading.Event()
+    call = connection.stream(requests(), timeout)
+    started.set()
+    try:
+        for message in connection.answers(call):
+            meter.received(len(message.payload.data))
+            yield from reader.receive(message)
+        if reader.report is None:
+            raise unanswered(connection.target)
+    except ConvServiceError as exc:
+        if failed:
+            raise failed[0] from None
+        if isinstance(exc, ServiceUnavailable):
+            raise reader.interrupted(exc) from exc.__cause__
+        raise
+    finally:
+        call.cancel()
+    if on_report is not None:
+        on_report(reader.report)
+
+
+def band_messages(job: BandJob, bands: Iterable[Any]) -> Iterator[pb.ConvolveStreamRequest]:
+    """All messages of a band job, as the bands come."""
+    writer = BandWriter(job)
+    yield writer.header()
+    for band in bands:
+        yield from writer.add(band)
+    yield from writer.end()
+
+
+def unanswered(target: str) -> ServiceUnavailable:
+    """A stream that ended well, but too early."""
+    return ServiceUnavailable(
+        "the server ended the stream before it had answered every tensor", target=target, method=METHOD
+    )
+
+
+def timed_out(timeout: float, target: str) -> DeadlineExceeded:
+    """A tensor that took longer than it may."""
+    return DeadlineExceeded(
+        f"the tensor was not complete after {timeout:g} s",
+        reason=Reason.DEADLINE,
+        metadata={"timeout_s": f"{timeout:g}"},
+        target=target,
+        method=METHOD,
+    )

@@ -1,0 +1,179 @@
+"""The client and a whole server in this process: what users do, on the server's own choice of backend."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import convservice
+from convservice import BackendUnavailable, Conv, ConvClient, Network, NetworkNotFound, TensorReport
+from convservice_server.config import ServerConfig
+from convservice_server.server import Server
+from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    """A server of the default settings on a free port."""
+    server = Server(ServerConfig(listen="127.0.0.1:0", log_level="error"))
+    port = server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.fixture
+def client(target: str) -> Iterator[ConvClient]:
+    """A client of that server."""
+    with convservice.connect(target) as found:
+        yield found
+
+
+def random(rng: np.random.Generator, *shape: int) -> Any:
+    return rng.normal(size=shape).astype("float32")
+
+
+def test_the_worked_example_in_every_rank_of_x(client: ConvClient) -> None:
+    x, weight = np.array(EXAMPLE_INPUT, "float32"), np.array(EXAMPLE_WEIGHT, "float32")
+    reports: list[TensorReport] = []
+    for lead in (0, 1, 2):
+        given = x.reshape((1,) * lead + x.shape)
+        filters = weight if not lead else weight[None, None]
+        found = client.conv2d(given, filters, on_report=reports.append)
+        assert np.array_equal(found, np.array(EXAMPLE_MAP).reshape((1,) * lead + (3, 3)))
+    assert len(reports) == 3
+    assert all(report.backend and report.algorithms for report in reports)
+    assert np.array_equal(
+        client.conv2d(x.astype("uint8"), weight, np.float32(1.0)), np.array(EXAMPLE_MAP) + 1
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("samples", [0, 1, 3])
+@pytest.mark.parametrize("rows", [9, 9000])
+def test_every_rank_and_format(
+    client: ConvClient, rng: np.random.Generator, rank: int, data_format: str, samples: int, *, rows: int
+) -> None:
+    x = random(rng, samples, 4, rows, *[7, 5][: rank - 1])
+    layer = Conv(random(rng, 6, 2, *[3, 3, 2][:rank]), random(rng, 6), padding=1, groups=2, activation="relu")
+    given = np.moveaxis(x, 1, -1) if data_format == "channels_last" else x
+    convolve = getattr(client, f"conv{rank}d")
+    found = convolve(
+        given,
+        layer.weight,
+        layer.bias,
+        padding=1,
+        groups=2,
+        activation="relu",
+        data_format=data_format,
+    )
+    found = np.moveaxis(found, -1, 1) if data_format == "channels_last" else found
+    assert found.shape == layer.output_shape(x.shape)
+    assert np.allclose(found, expected_maps(x, layer), atol=1e-4)
+
+
+def expected_maps(x: Any, layer: Conv) -> Any:
+    """The feature maps of a layer of two groups, padding 1 and a relu, from windows written out."""
+    spatial = tuple(range(2, x.ndim))
+    padded = np.pad(x, [(0, 0), (0, 0), *[(1, 1)] * len(spatial)])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, layer.kernel, axis=spatial)
+    halves = zip(np.split(windows, 2, axis=1), np.split(layer.weight, 2), strict=True)
+    axes = [1, *range(-len(spatial), 0)]
+    maps = [np.tensordot(window, weight, (axes, range(1, weight.ndim))) for window, weight in halves]
+    sums = np.moveaxis(np.concatenate(maps, axis=-1), -1, 1)
+    assert layer.bias is not None
+    return np.maximum(sums + layer.bias.reshape(-1, *[1] * len(spatial)), 0)
+
+
+def test_run_map_and_stream_agree(client: ConvClient, rng: np.random.Generator) -> None:
+    network = Network(
+        [Conv(random(rng, 4, 3, 3, 3), padding="same", activation="relu"), Conv(random(rng, 2, 4, 5, 5))]
+    )
+    x = random(rng, 3, 700, 300)
+    whole = client.run(network, x)
+    registered = client.register(network)
+    assert np.array_equal(registered(x[:, :30]), client.run(network, x[:, :30]))
+    assert all(np.array_equal(result, whole) for result in client.map(registered, [x] * 3))
+    for height in (700, None):
+        bands = (x[:, at : at + 64] for at in range(0, 700, 64))
+        found = list(client.stream(network, bands, shape=(3, height, 300), dtype="float32"))
+        assert np.array_equal(np.concatenate([band.array for band in found], axis=1), whole)
+
+
+def test_several_outputs_come_by_name(client: ConvClient, rng: np.random.Generator) -> None:
+    from convservice import Activation, Node
+
+    first = Node("edges", Conv(random(rng, 2, 1, 3, 3)))
+    network = Network(
+        [first, Node("positive", Activation("relu"), ("edges",))], {"raw": "edges", "on": "positive"}
+    )
+    for x in (random(rng, 1, 9, 9), random(rng, 1, 900, 900)):
+        found = client.run(network, x)
+        assert list(found) == ["raw", "on"]
+        assert np.array_equal(found["on"], np.maximum(found["raw"], 0))
+    bands = list(client.stream(network, [x], shape=x.shape, dtype="float32"))
+    assert {band.output for band in bands} == {"raw", "on"}
+
+
+def test_large_weights_and_names(client: ConvClient, rng: np.random.Generator) -> None:
+    layer = Conv(random(rng, 300, 300, 3, 3))
+    registered = client.register(layer)
+    assert registered.name in client.networks()
+    x = random(rng, 300, 4, 4)
+    found = client.network(registered.name)
+    assert np.array_equal(found(x), registered(x))
+    client.unregister(found)
+    with pytest.raises(NetworkNotFound):
+        client.network(registered.name)
+    assert found.output_shape(x.shape) == (300, 2, 2)
+
+
+def test_a_backend_that_is_not_there(client: ConvClient, rng: np.random.Generator) -> None:
+    assert any(backend.is_default for backend in client.info().backends)
+    for x in (random(rng, 1, 9, 9), random(rng, 1, 900, 900)):
+        with pytest.raises(BackendUnavailable, match="no-such"):
+            client.conv2d(x, random(rng, 1, 1, 3, 3), backend="no-such")
+
+
+def test_a_thousand_calls_from_sixteen_threads(client: ConvClient, rng: np.random.Generator) -> None:
+    weight, xs = random(rng, 2, 1, 3, 3), random(rng, 50, 1, 6, 6)
+    expected = client.conv2d(xs, weight)
+
+    def call(number: int) -> bool:
+        if number % 100 == 0:  # some by a stream of their own
+            results = list(client.map(Conv(weight), xs[:5]))
+            return np.array_equal(np.stack(results), expected[:5])
+        at = number % 50
+        return np.array_equal(client.conv2d(xs[at], weight), expected[at])
+
+    before = threading.active_count()
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(call, range(1000)))
+    assert threading.active_count() <= before + 16
+
+
+def test_a_thousand_calls_from_two_hundred_tasks(target: str, rng: np.random.Generator) -> None:
+    weight, xs = random(rng, 2, 1, 3, 3), random(rng, 50, 1, 6, 6)
+
+    async def main() -> None:
+        async with convservice.connect_async(target) as client:
+            expected = await client.conv2d(xs, weight)
+
+            async def task(number: int) -> bool:
+                right = [
+                    np.array_equal(await client.conv2d(xs[at], weight), expected[at])
+                    for at in ((number + step) % 50 for step in range(5))
+                ]
+                return all(right)
+
+            assert all(await asyncio.gather(*[task(number) for number in range(200)]))
+            results = [result async for result in client.map(Conv(weight), xs)]
+            assert np.array_equal(np.stack(results), expected)
+
+    asyncio.run(main())

@@ -1,0 +1,257 @@
+"""`map`: pipelined, in order, lazy, bounded in flight, and whole tensors over lost connections."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convservice import (
+    Activation,
+    BackendUnavailable,
+    ConvClient,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    Network,
+    NetworkNotFound,
+    Reason,
+    ServiceUnavailable,
+    TensorReport,
+)
+from convservice.arrays import Options, as_input
+from convservice.bands import DataFormat
+from convservice.channel import Connection, Endpoint
+from convservice.exchange import tensor_error
+from convservice.flight import FLIGHT_BYTES
+from convservice.jobs import Job
+from convservice.progress import Meter
+from convservice.transfer import Pipeline
+from convservice.v1 import conv_pb2 as pb
+from tests.client.fake import FakeServer, FakeService, hang, relu, serve_then_break
+
+
+def arrays(count: int, size: int = 5) -> Iterator[Any]:
+    """Arrays that differ, each marked by its number."""
+    for number in range(count):
+        yield np.full((1, 1, size + number % 3, 4), number, "float32")
+
+
+def opened(fake: FakeService) -> list[int]:
+    """The ids of the tensors opened so far, in order."""
+    messages = [m for name, m in fake.requests if name == "ConvolveStream"]
+    return [
+        m.header.tensor_id
+        for m in messages
+        if isinstance(m, pb.ConvolveStreamRequest) and m.HasField("header")
+    ]
+
+
+def test_results_come_in_order_over_one_stream(fake: FakeService, client: ConvClient) -> None:
+    reports: list[TensorReport] = []
+    results = list(client.map(relu(), arrays(100), on_report=reports.append))
+    assert [int(result.flat[0]) for result in results] == list(range(100))
+    assert len(reports) == 100
+    assert fake.streams == 1
+    assert opened(fake) == list(range(1, 101))
+
+
+def test_nothing_is_sent_before_the_first_result_is_asked_for(fake: FakeService, client: ConvClient) -> None:
+    results = client.map(relu(), arrays(3))
+    assert not fake.requests
+    assert len(list(results)) == 3
+
+
+def test_an_endless_iterable_works_and_leaving_early_cancels(fake: FakeService, client: ConvClient) -> None:
+    results = client.map(relu(), (np.full((1, 1, 4, 4), i, "float32") for i in itertools.count()))
+    assert [int(next(results).flat[0]) for _ in range(50)] == list(range(50))
+    results.close()
+    assert fake.cancelled.wait(30)
+
+
+def test_no_arrays_give_no_results(client: ConvClient) -> None:
+    assert list(client.map(relu(), [])) == []
+
+
+def test_a_slow_iterable_does_not_hold_results_back(client: ConvClient) -> None:
+    delivered = threading.Event()
+
+    def slowly() -> Iterator[Any]:
+        yield np.ones((1, 1, 4, 4), "float32")
+        assert delivered.wait(30), "the first result was held back until the second array came"
+        yield np.ones((1, 1, 4, 4), "float32")
+
+    results = client.map(relu(), slowly())
+    next(results)
+    delivered.set()
+    assert len(list(results)) == 1
+
+
+def test_what_is_in_flight_is_bounded(fake: FakeService, client: ConvClient) -> None:
+    """A tensor and its result take 16 MiB here: four at most are open before the first is delivered."""
+    pulled = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal pulled
+        for _ in range(8):
+            pulled += 1
+            yield np.zeros((1, 1, 2048, 1024), "float32")
+
+    most = 0
+    for delivered, _ in enumerate(client.map(relu(), counted()), 1):
+        most = max(most, len(opened(fake)) - delivered + 1)
+    assert pulled == 8
+    assert most <= FLIGHT_BYTES // (16 << 20)
+
+
+def test_one_tensor_larger_than_the_bound_goes_alone(fake: FakeService, client: ConvClient) -> None:
+    large = np.zeros((1, 1, 9000, 1024), "float32")
+    assert 2 * large.nbytes > FLIGHT_BYTES
+    opened_before = [len(opened(fake)) for _ in client.map(relu(), [large] * 3)]
+    assert opened_before == [1, 2, 3]
+
+
+def test_an_error_of_the_iterable_comes_after_the_results_before_it(client: ConvClient) -> None:
+    def broken() -> Iterator[Any]:
+        yield from arrays(3)
+        raise KeyError("the camera is gone")
+
+    results = client.map(relu(), broken())
+    assert len(list(itertools.islice(results, 3))) == 3
+    with pytest.raises(KeyError, match="the camera is gone"):
+        next(results)
+
+
+def test_an_array_that_does_not_fit_comes_after_the_results_before_it(client: ConvClient) -> None:
+    results = client.map(relu(), [*arrays(2), np.zeros(3, "float32")])
+    assert len(list(itertools.islice(results, 2))) == 2
+    with pytest.raises(InvalidRequest, match="x has 1 axes"):
+        next(results)
+
+
+def test_a_tensor_that_fails_comes_in_its_turn_and_ends_the_results(
+    fake: FakeService, client: ConvClient
+) -> None:
+    def script(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
+        yield from fake.serve(requests, 2)
+        yield tensor_error(3, BackendUnavailable("no such backend"))
+
+    fake.scripts.append(script)
+    results = client.map(relu(), arrays(5), backend="other")
+    assert len(list(itertools.islice(results, 2))) == 2
+    with pytest.raises(BackendUnavailable, match="no such backend") as caught:
+        next(results)
+    assert caught.value.method == "ConvolveStream"
+
+
+def test_what_was_not_delivered_is_sent_again(fake: FakeService, client: ConvClient) -> None:
+    fake.scripts.extend([serve_then_break(4), serve_then_break(0), serve_then_break(3)])
+    results = list(client.map(relu(), arrays(20)))
+    assert [int(result.flat[0]) for result in results] == list(range(20))
+    assert fake.streams == 4
+
+
+def test_a_large_run_survives_a_lost_connection(fake: FakeService, client: ConvClient) -> None:
+    fake.scripts.append(serve_then_break(0))
+    x = np.random.default_rng(0).normal(size=(1, 3, 400, 500)).astype("float32")
+    assert np.array_equal(client.run(relu(), x), np.maximum(x, 0))
+    assert fake.streams == 2
+
+
+def test_a_few_lost_connections_without_a_result_are_enough(fake: FakeService, client: ConvClient) -> None:
+    fake.scripts.extend([serve_then_break(0)] * 9)
+    with pytest.raises(ServiceUnavailable, match="the connection broke"):
+        list(client.map(relu(), arrays(3)))
+    assert fake.streams == 4
+
+
+def test_a_server_that_restarts_in_between(fake_server: FakeServer, client: ConvClient) -> None:
+    fake = fake_server.service
+    results = client.map(relu(), arrays(1000))
+    next(results)
+    fake_server.stop()
+    fake.forget()
+    fake_server.start()
+    assert len(list(results)) == 999
+
+
+def test_a_draining_server_is_left_for_another_connection(fake: FakeService, client: ConvClient) -> None:
+    def drain(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
+        header = next(requests).header
+        error = ServiceUnavailable("stopping", reason=Reason.DRAINING)
+        yield tensor_error(header.tensor_id, error)
+
+    fake.scripts.append(drain)
+    assert len(list(client.map(relu(), arrays(5)))) == 5
+
+
+def test_a_server_that_lacks_the_network_is_sent_it_once_a_tensor(
+    fake: FakeService, client: ConvClient
+) -> None:
+    results = client.map(relu(), arrays(200))
+    next(results)
+    fake.forget()
+    assert len(list(results)) == 199
+    fake.find = lambda name: (_ for _ in ()).throw(  # type: ignore[method-assign]
+        NetworkNotFound("never here", reason=Reason.NETWORK_NOT_REGISTERED)
+    )
+    with pytest.raises(NetworkNotFound, match="never here"):
+        list(client.map(relu(), arrays(2)))
+
+
+def test_a_tensor_that_takes_too_long(fake: FakeService, client: ConvClient) -> None:
+    fake.scripts.append(hang)
+    with pytest.raises(DeadlineExceeded, match=r"not complete after 0\.2 s"):
+        list(client.map(relu(), arrays(3), timeout=0.2))
+
+
+def test_waiting_for_the_iterable_is_not_the_servers_time(client: ConvClient) -> None:
+    delivered = threading.Event()
+    due: list[float | None] = []
+
+    def jobs() -> Iterator[Job]:
+        given = as_input(np.ones((1, 1, 4, 4), "float32"), None, DataFormat.CHANNELS_FIRST)
+        options = Options.of("channels_first", None, "high", None, 60)
+        yield Job.of(network, given, options, 1)
+        delivered.wait(30)
+        due.append(pipeline.due())
+        yield Job.of(network, given, options, 2)
+
+    network = Network([relu()])
+    client.register(network)
+    meter = Meter(None, None, None)
+    connection = Connection(Endpoint(client.target))
+    pipeline = Pipeline(connection, lambda _: None, jobs(), timeout=60, meter=meter)
+    for _ in pipeline.results():
+        assert pipeline.due() is None, "the caller's own time does not count either"
+        delivered.set()
+    assert due == [None]
+    connection.close()
+
+
+@pytest.mark.parametrize("kind", ["header", "payload", "done", "extra"])
+def test_answers_that_break_the_protocol(fake: FakeService, client: ConvClient, kind: str) -> None:
+    def script(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
+        for answer in fake.serve(requests):
+            if answer.HasField("payload") and kind == "payload":
+                answer.payload.byte_offset += 1
+            elif answer.HasField("header") and kind == "header":
+                answer.header.sample_shape.rows = 1 << 30
+            elif answer.HasField("done") and kind == "done":
+                answer.done.tensor_id += 1
+            yield answer
+        if kind == "extra":
+            yield pb.ConvolveStreamResponse(done=pb.TensorDone(tensor_id=9))
+
+    fake.scripts.append(script)
+    with pytest.raises(InternalError, match="the server broke the protocol"):
+        list(client.map(relu(), arrays(2)))
+
+
+def test_several_ranks_through_one_network(client: ConvClient) -> None:
+    given = [np.ones((1, 2, *[3] * rank), "float32") for rank in (1, 2, 3)]
+    assert [result.shape for result in client.map(Activation("linear"), given)] == [x.shape for x in given]
