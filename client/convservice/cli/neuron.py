@@ -1,0 +1,155 @@
+"""One neuron taken apart: what it looks at, with which weights, and what they add up to.
+
+Given a layer, a sample and a neuron's position this hands back every value, weight and product and their
+sum, computed here in float64, with the bound within which a backend's answer must lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convservice.errors import InvalidRequest, Reason
+from convservice.geometry import real_position
+from convservice.layers import Activation, Conv
+
+
+@dataclass(frozen=True)
+class NeuronView:
+    """What a neuron sees and gives.
+
+    Attributes:
+        neuron: its position in the feature map.
+        channel: its channel in the feature map.
+        axes: per spatial axis the input positions it looks at; outside the input they lie in the padding.
+        first_channel: the first input channel it looks at.
+        values: (in_channels / groups, *kernel), float64.
+        inside: (*kernel), whether the value is one of the input and not of the padding.
+        weights: (in_channels / groups, *kernel), float64.
+        threshold: its bias, 0 where there is none.
+        total: the exact sum of the products, rounded once.
+        function: the activation's name.
+        expected: what it gives.
+        bound: largest difference from `expected` that the service promises to stay within.
+    """
+
+    neuron: tuple[int, ...]
+    channel: int
+    axes: tuple[range, ...]
+    first_channel: int
+    values: NDArray[np.float64]
+    inside: NDArray[np.bool_]
+    weights: NDArray[np.float64]
+    threshold: float
+    total: float
+    function: str
+    expected: float
+    bound: float
+
+    @property
+    def products(self) -> NDArray[np.float64]:
+        """(in_channels / groups, *kernel): value times weight."""
+        return self.values * self.weights
+
+
+def neuron_view(layer: Conv, sample: NDArray[Any], index: Sequence[int], channel: int = 0) -> NeuronView:
+    """Takes one neuron apart.
+
+    Args:
+        layer: the convolution.
+        sample: (in_channels, *spatial).
+        index: the neuron's position, one integer per spatial axis.
+        channel: its channel in the feature map.
+
+    Raises:
+        InvalidRequest: there is no such neuron, or the sample does not fit the layer.
+    """
+    field = layer.receptive_field(index, sample.shape)
+    if not 0 <= channel < layer.out_channels:
+        raise InvalidRequest(
+            f"channel must be from 0 to {layer.out_channels - 1}, not {channel}: the layer has"
+            f" {layer.out_channels} filters",
+            reason=Reason.INVALID_PARAMETER,
+            field="channel",
+        )
+    seen_channels = layer.weight.shape[1]
+    first = channel // (layer.out_channels // layer.groups) * seen_channels
+    read = [
+        [real_position(position, size, field.mode) for position in axis]
+        for axis, size in zip(field.axes, field.sizes, strict=True)
+    ]
+    at = np.ix_(range(first, first + seen_channels), *([place or 0 for place in axis] for axis in read))
+    reads_input = _grid([[place is not None for place in axis] for axis in read])
+    values = np.where(reads_input, sample[at].astype(np.float64), 0.0)
+    within = [[0 <= p < size for p in axis] for axis, size in zip(field.axes, field.sizes, strict=True)]
+    weights = layer.weight[channel].astype(np.float64)
+    threshold = 0.0 if layer.bias is None else float(layer.bias[channel])
+    products = (values * weights).ravel().tolist()
+    before = math.fsum([*products, threshold])
+    return NeuronView(
+        neuron=tuple(index),
+        channel=channel,
+        axes=field.axes,
+        first_channel=first,
+        values=values,
+        inside=_grid(within),
+        weights=weights,
+        threshold=threshold,
+        total=math.fsum(products),
+        function=layer.activation.function,
+        expected=activated(layer.activation, before),
+        bound=_bound(layer, products, threshold, before),
+    )
+
+
+def _grid(axes: Sequence[Sequence[bool]]) -> NDArray[np.bool_]:
+    """True where every axis is: an array with one axis for each."""
+    return reduce(np.logical_and.outer, (np.array(axis) for axis in axes))
+
+
+def _bound(layer: Conv, products: Sequence[float], threshold: float, before: float) -> float:
+    """(K + 3) u_acc |x|*|w| + u_out |y| + K eta_acc + eta_out, through the activation's steepest slope."""
+    out = layer.filters.dtype
+    accumulator = out.accumulator
+    magnitude = math.fsum(map(abs, products)) + abs(threshold)
+    linear = (
+        (len(products) + 3) * accumulator.roundoff * magnitude
+        + out.roundoff * abs(before)
+        + len(products) * accumulator.smallest_normal
+        + out.smallest_normal
+    )
+    if layer.activation.function == "linear":
+        return linear
+    steepest = max(1.13, abs(layer.activation.negative_slope))  # gelu's slope reaches 1.129
+    value = activated(layer.activation, before)
+    return steepest * linear + (8 * accumulator.roundoff + out.roundoff) * max(1.0, abs(value))
+
+
+def activated(activation: Activation, x: float) -> float:
+    """The activation function of one value, in float64; NaN stays NaN."""
+    match activation.function:
+        case "relu":
+            return 0.0 if x <= 0 else x
+        case "leaky_relu":
+            return x if x >= 0 else activation.negative_slope * x
+        case "sigmoid":
+            return _sigmoid(x)
+        case "tanh":
+            return math.tanh(x)
+        case "gelu":
+            return 0.5 * x * (1.0 + math.erf(x / math.sqrt(2.0)))
+        case "silu":
+            return x * _sigmoid(x)
+        case _:
+            return x
+
+
+def _sigmoid(x: float) -> float:
+    small = math.exp(-abs(x))
+    return (1.0 if x >= 0 else small) / (1.0 + small)
