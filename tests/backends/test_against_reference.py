@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
 from convservice.layers import FUNCTIONS, Activation, Conv
 from convservice.network import Network, Node
+from convservice.wire.enums import Precision
+from convservice_backends import session
 from convservice_backends.interface import Backend
 from convservice_backends.reference import layer_reference, network_reference
 from tests.helpers import (
@@ -18,6 +20,7 @@ from tests.helpers import (
     INTEGERS,
     Array,
     assert_expected,
+    assert_same_bits,
     chain,
     check_every_layer,
     compute,
@@ -66,6 +69,17 @@ def test_integers_are_exact_up_to_the_limit(backend: Backend, depth: int, rng: n
     expected = layer_reference(Conv(weight), x, FLOAT32, FLOAT32)
     assert expected.exact
     assert_expected("near 2**20", expected, compute(backend, Network([Conv(weight)]), x)["output"])
+
+
+@pytest.mark.parametrize("band_rows", [None, 4])
+@pytest.mark.parametrize("out_dtype", [None, dtype_of("int8")], ids=str)
+def test_the_packages_own_driver_gives_the_same(
+    backend: Backend, band_rows: int | None, out_dtype: DType | None, rng: np.random.Generator
+) -> None:
+    network, x = trunk_with_two_heads(rng, FLOAT32), random_array(rng, (3, 2, 30, 7), FLOAT32)
+    prepared = backend.prepare(network, Precision.HIGH)
+    found = session.run(prepared, x, band_rows=band_rows, out_dtype=out_dtype)
+    assert_same_bits(compute(backend, network, x, out_dtype=out_dtype), found, "session.run")
 
 
 @pytest.mark.parametrize("kind", [chain, trunk_with_two_heads])
@@ -144,6 +158,36 @@ def test_an_integer_result_is_rounded_half_to_even_and_saturated(backend: Backen
     info = np.iinfo(out_dtype.numpy)
     by_hand = [max(info.min, min(info.max, round(value))) for value in values]
     assert found[0, 0].tolist() == [*by_hand, info.max, info.min, 0]
+
+
+@pytest.mark.parametrize("size", ["products", "results", "sums"])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_at_the_ends_of_the_range_of_numbers(
+    backend: Backend, float_dtype: DType, size: str, rows: int | None, rng: np.random.Generator
+) -> None:
+    """Products and results below the normal numbers, and sums just below the largest number."""
+    lowest = int(np.log2(float_dtype.smallest_normal))
+    highest = 1 - lowest  # IEEE formats and bfloat16 reach as far up as down
+    exponents = {"products": (lowest // 2 - 2, lowest // 2 - 2), "results": (lowest, -1)}
+    at_x, at_weight = exponents.get(size, (highest // 2 - 2, highest // 2 - 4))
+    x = np.ldexp(rng.uniform(-1, 1, (2, 3, 9, 8)), at_x).astype(float_dtype.numpy)
+    weight = np.ldexp(rng.uniform(-1, 1, (4, 3, 3, 3)), at_weight).astype(float_dtype.numpy)
+    network = Network([Conv(weight, padding=1, activation="leaky_relu")])
+    found = compute(backend, network, x, rows=rows)["output"]
+    assert np.isfinite(found).all()
+    check_every_layer(network, x, {"layer0": found})
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_what_is_too_large_for_a_dtype_is_infinite_without_a_warning(
+    backend: Backend, float_dtype: DType, rows: int | None
+) -> None:
+    large = np.ldexp(1.0, 1 - int(np.log2(float_dtype.smallest_normal)))
+    x = np.full((1, 1, 7, 5), large, float_dtype.numpy)
+    layers = [Conv(np.full((1, 1, 1, 1), 3, float_dtype.numpy)), Activation("relu")]
+    found = compute(backend, every_map(Network(layers)), x, rows=rows)
+    assert np.isposinf(found["layer0"]).all()
+    assert np.isposinf(found["layer1"]).all()
 
 
 @pytest.mark.parametrize("kernel", [(7,), (4, 6), (3, 4, 2)])

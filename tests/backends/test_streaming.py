@@ -15,7 +15,7 @@ from convservice.dtypes import FLOAT32, DType, dtype_of
 from convservice.errors import Cancelled, InvalidRequest
 from convservice.geometry import SampleShape
 from convservice.layers import FUNCTIONS, Activation, Conv
-from convservice.network import Network
+from convservice.network import MAX_NODES, Network
 from convservice.wire.enums import Precision
 from convservice_backends.interface import Backend, Session, SessionPlan
 from convservice_backends.reference import Expected, layer_reference
@@ -314,7 +314,7 @@ def test_a_session_that_is_given_up_harms_no_other(backend: Backend, rng: np.ran
 
 @pytest.mark.timeout(60)
 def test_a_deep_chain_of_rows_flows(backend: Backend, rng: np.random.Generator) -> None:
-    network = Network([Activation("leaky_relu", 0.999)] * 600)
+    network = Network([Activation("leaky_relu", 0.999)] * MAX_NODES)
     x = random_array(rng, (1, 1, 3000, 60), FLOAT32)
     found = compute(backend, network, x, rows=1500)["output"]
     assert found.shape == x.shape
