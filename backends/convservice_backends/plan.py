@@ -196,10 +196,17 @@ class _Planning:
         window = node.layer.window(given)
         row_bytes = out.row_elements * out_dtype.itemsize
         row_bytes += window.stride * given.row_elements * given_dtype.itemsize
-        run_rows = max(1, self.run_bytes // (row_bytes * blocks.rows)) * blocks.rows
+        blocks_in_run = max(1, self.run_bytes // (row_bytes * blocks.rows))
+        if out.rows is not None:
+            blocks_in_run = min(blocks_in_run, -(-out.rows // blocks.rows))
+        run_rows = blocks_in_run * blocks.rows
         capacity = (run_rows - 1) * window.stride + window.extent
-        if node.layer.row_mode is not PaddingMode.ZEROS:
+        if node.layer.row_mode is PaddingMode.REPLICATE:
+            capacity += 1  # the edge, read again and again
+        elif node.layer.row_mode is PaddingMode.REFLECT:
             capacity += window.before + window.after + 1
+        if given.rows is not None:
+            capacity = min(capacity, given.rows)
         return NodePlan(
             node=node,
             given=given,

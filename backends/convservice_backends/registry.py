@@ -75,8 +75,8 @@ class Registry:
         for candidate in self.names:
             try:
                 return self._get(candidate)
-            except BackendUnavailable as exc:
-                log.info("backend %s is passed over: %s", candidate, exc.message)
+            except BackendUnavailable:
+                continue
         reasons = "; ".join(f"{known}: {reason}" for known, reason in sorted(self._refused.items()))
         raise BackendUnavailable(
             f"no backend can run here: {reasons or 'none is installed'}",
@@ -135,6 +135,8 @@ class Registry:
             self._refused[name] = f"backend {name!r} cannot run here: {exc.message}"
         except Exception as exc:  # noqa: BLE001 - a third party's constructor may raise anything; it is kept as the reason
             self._refused[name] = f"backend {name!r} cannot run here: {type(exc).__name__}: {exc}"
+        if name in self._refused:
+            log.info("%s", self._refused[name])
         return self._made.get(name)
 
 

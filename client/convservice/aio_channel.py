@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -82,6 +82,15 @@ class AsyncStream:
         self._call = call
         self._target = target
         self._status = _status_of(call)
+
+    @property
+    def over(self) -> bool:
+        """Whether the call has ended; answers may be left."""
+        return self._status.done()
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        """Calls back once the call has ended."""
+        self._status.add_done_callback(lambda _: callback())
 
     async def write(self, message: pb.ConvolveStreamRequest) -> bool:
         """Writes a message; false when the call has ended, and why, its answers tell."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from convservice.aio_channel import AsyncConnection, AsyncStream
 from convservice.bands import Band
 from convservice.bandstream import BandJob, BandReader, BandWriter
-from convservice.errors import Cancelled, ConvServiceError, ServiceUnavailable
+from convservice.errors import Cancelled, ConvServiceError, Reason, ServiceUnavailable
 from convservice.flight import Flight
 from convservice.flows import is_missing
 from convservice.jobs import Collector, Job, broken
@@ -74,42 +74,48 @@ class AsyncPipeline:
 
     async def _next(self) -> Collector | None:
         """The next tensor's results, over as many connections as it takes; None at the end."""
-        call = self._call or self._open_call()
-        while not (len(self._flight) or self._ended or self._fatal):
-            await self._change()
-        if self._ended and not len(self._flight):
-            await self._read_end(call)
-            return None
-        limit = asyncio.timeout(self._timeout)
+        limit = asyncio.timeout(None)
         try:
             async with limit:
-                return await self._read_surely()
+                return await self._attempts(limit)
         except TimeoutError:
             if limit.expired():
                 raise timed_out(self._timeout or 0.0, self._connection.target) from None
             raise
 
-    async def _read_surely(self) -> Collector:
+    async def _attempts(self, limit: asyncio.Timeout) -> Collector | None:
         failures, registered = 0, False
         while True:
             try:
-                return await self._read()
+                return await self._attempt(limit)
             except ConvServiceError as exc:
                 self._drop_call()
                 if self._fatal is not None:
                     raise self._fatal from None
+                job = self._flight.oldest
+                if job is None and exc.reason == Reason.IDLE:
+                    continue  # the server has waited long enough for the next job; it is still to come
                 if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
                     await asyncio.sleep(BACKOFF[failures])
                     failures += 1
                     continue
-                job = self._flight.oldest
                 if not is_missing(exc) or registered or job is None:
                     raise
                 await self._register(job.network)
                 registered = True
 
-    async def _read(self) -> Collector:
+    async def _attempt(self, limit: asyncio.Timeout) -> Collector | None:
         call = self._call or self._open_call()
+        while not (len(self._flight) or self._ended or self._fatal or call.over):
+            await self._change()
+        if self._ended and not len(self._flight):
+            await self._read_end(call)
+            return None
+        if len(self._flight) and limit.when() is None and self._timeout is not None:
+            limit.reschedule(asyncio.get_running_loop().time() + self._timeout)
+        return await self._read(call)
+
+    async def _read(self, call: AsyncStream) -> Collector:
         collector: Collector | None = None
         while (message := await call.answer()) is not None:
             if collector is None:
@@ -137,6 +143,7 @@ class AsyncPipeline:
         self._meter.restart()
         self._flight.lose()
         call = self._call = self._connection.stream(None)
+        call.when_over(self._changed.set)
         self._writer = asyncio.create_task(self._write(call))
         return call
 

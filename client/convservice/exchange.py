@@ -131,6 +131,13 @@ class TensorReceiver:
         self.tensor_id = header.tensor_id
         self._state = _State.OPEN
         request = request_from_proto(header)
+        if not header.band_rows:
+            raise InvalidRequest(
+                "band_rows must be at least 1 in a stream, not 0",
+                reason=Reason.INVALID_PARAMETER,
+                metadata={"name": "band_rows", "value": "0"},
+                field="band_rows",
+            )
         self._unpacker = BandUnpacker(request.spec)
         return Opened(request)
 

@@ -93,37 +93,42 @@ class Pipeline:
 
     def _next(self) -> Collector | None:
         """The next tensor's results, over as many connections as it takes; None at the end."""
-        if self._call is None:
-            self._open_call()
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._flight) or self._ended or self._fatal)
-        if self._ended and not len(self._flight):
-            self._read_end()
-            return None
-        self._waiting_since = time.monotonic()
         failures, registered = 0, False
         while True:
             try:
-                collector = self._read()
-                self._waiting_since = None
-                return collector
+                return self._attempt()
             except ConvServiceError as exc:
                 self._drop_call()
                 if self._fatal is not None:
                     raise self._fatal from None
+                job = self._flight.oldest
+                if job is None and exc.reason == Reason.IDLE:
+                    continue  # the server has waited long enough for the next job; it is still to come
                 if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
                     time.sleep(BACKOFF[failures])
                     failures += 1
                     continue
-                job = self._flight.oldest
                 if not is_missing(exc) or registered or job is None:
                     raise
                 self._register(job.network)
                 registered = True
 
+    def _attempt(self) -> Collector | None:
+        call = self._call or self._open_call()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: len(self._flight) or self._ended or self._fatal or not call.is_active()
+            )
+            if len(self._flight) and self._waiting_since is None:
+                self._waiting_since = time.monotonic()
+        if self._ended and not len(self._flight):
+            self._read_end()
+            return None
+        collector = self._read()
+        self._waiting_since = None
+        return collector
+
     def _read(self) -> Collector:
-        if self._call is None:
-            self._open_call()
         collector: Collector | None = None
         for message in self._answers:
             if collector is None:
@@ -149,14 +154,21 @@ class Pipeline:
             raise broken("an answer came before any tensor was sent", self._connection.target)
         return Collector(job, self._connection.target)
 
-    def _open_call(self) -> None:
+    def _open_call(self) -> Any:
         self._meter.restart()
         with self._changed:
             if self._fatal is not None:
                 raise self._fatal
             self._flight.lose()
-            self._call = self._connection.stream(self._requests(self._generation), None)
-            self._answers = self._connection.answers(self._call)
+            call = self._call = self._connection.stream(self._requests(self._generation), None)
+            self._answers = self._connection.answers(call)
+        call.add_callback(self._wake)
+        return call
+
+    def _wake(self) -> None:
+        """The call has ended: its writer may never take the next job."""
+        with self._changed:
+            self._changed.notify_all()
 
     def _drop_call(self) -> None:
         """Cancels the call and tells its writer to stop."""

@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 from typing import Any, Self, cast
 
 import grpc
@@ -41,6 +40,7 @@ EXIT_OK = 0
 EXIT_CANNOT_START = 1
 EXIT_FORCED = 2
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WORDS = 0.2
 """Seconds for what is left when all work is done: watchers of health, calls refused in the last moment."""
 
@@ -161,14 +161,9 @@ def serve(config: ServerConfig) -> int:
     keep_freed_memory()
     logs.configure(config.log_format, config.log_level)
     wanted = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if wanted.is_set():
-            os._exit(EXIT_FORCED)  # no last word: the main thread may be inside the log
-        wanted.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    # Blocked before there is any other thread, so that all inherit it and none but the watcher takes them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(target=_watch_signals, args=(wanted,), name="signals", daemon=True).start()
     server = Server(config)
     try:
         port = server.start()
@@ -182,6 +177,14 @@ def serve(config: ServerConfig) -> int:
     wanted.wait()
     server.stop()
     return EXIT_OK
+
+
+def _watch_signals(wanted: threading.Event) -> None:
+    """Says that a signal came, and ends the process at the second one, whatever it is doing."""
+    signal.sigwait(_SIGNALS)
+    wanted.set()
+    signal.sigwait(_SIGNALS)
+    os._exit(EXIT_FORCED)
 
 
 def _cannot_listen(listen: str, why: object) -> ServiceUnavailable:

@@ -28,7 +28,7 @@ from convservice import (
     TensorReport,
 )
 from convservice.exchange import tensor_error
-from tests.client.fake import REPORT, FakeServer, FakeService, hang, relu, serve_then_break
+from tests.client.fake import REPORT, FakeServer, FakeService, hang, refuse, relu, serve_then_break
 from tests.client.test_calls import LARGE
 from tests.client.test_map import arrays, opened
 
@@ -182,6 +182,30 @@ def test_what_was_not_delivered_is_sent_again(fake: FakeService, client: AsyncCo
 
     run(work(), client)
     assert fake.streams == 8
+
+
+def test_a_server_that_will_not_wait_for_the_source_is_no_failure(
+    fake: FakeService, client: AsyncConvClient
+) -> None:
+    def impatient(fake: FakeService, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        refuse(context, ServiceUnavailable("nothing came", reason=Reason.IDLE))
+
+    async def work() -> None:
+        patient = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def at_last(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
+            loop.call_soon_threadsafe(patient.set)
+            yield from fake.serve(requests)
+
+        async def slowly() -> AsyncIterator[Any]:
+            await asyncio.wait_for(patient.wait(), 30)
+            yield X[None]
+
+        fake.scripts.extend([*[impatient] * 9, at_last])
+        assert len([result async for result in client.map(relu(), slowly(), timeout=60)]) == 1
+
+    run(work(), client)
 
 
 def test_a_server_that_restarts_in_between(fake_server: FakeServer, client: AsyncConvClient) -> None:

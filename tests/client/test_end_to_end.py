@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -139,41 +136,3 @@ def test_a_backend_that_is_not_there(client: ConvClient, rng: np.random.Generato
     for x in (random(rng, 1, 9, 9), random(rng, 1, 900, 900)):
         with pytest.raises(BackendUnavailable, match="no-such"):
             client.conv2d(x, random(rng, 1, 1, 3, 3), backend="no-such")
-
-
-def test_a_thousand_calls_from_sixteen_threads(client: ConvClient, rng: np.random.Generator) -> None:
-    weight, xs = random(rng, 2, 1, 3, 3), random(rng, 50, 1, 6, 6)
-    expected = client.conv2d(xs, weight)
-
-    def call(number: int) -> bool:
-        if number % 100 == 0:  # some by a stream of their own
-            results = list(client.map(Conv(weight), xs[:5]))
-            return np.array_equal(np.stack(results), expected[:5])
-        at = number % 50
-        return np.array_equal(client.conv2d(xs[at], weight), expected[at])
-
-    before = threading.active_count()
-    with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(call, range(1000)))
-    assert threading.active_count() <= before + 16
-
-
-def test_a_thousand_calls_from_two_hundred_tasks(target: str, rng: np.random.Generator) -> None:
-    weight, xs = random(rng, 2, 1, 3, 3), random(rng, 50, 1, 6, 6)
-
-    async def main() -> None:
-        async with convservice.connect_async(target) as client:
-            expected = await client.conv2d(xs, weight)
-
-            async def task(number: int) -> bool:
-                right = [
-                    np.array_equal(await client.conv2d(xs[at], weight), expected[at])
-                    for at in ((number + step) % 50 for step in range(5))
-                ]
-                return all(right)
-
-            assert all(await asyncio.gather(*[task(number) for number in range(200)]))
-            results = [result async for result in client.map(Conv(weight), xs)]
-            assert np.array_equal(np.stack(results), expected)
-
-    asyncio.run(main())

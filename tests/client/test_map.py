@@ -32,7 +32,7 @@ from convservice.jobs import Job
 from convservice.progress import Meter
 from convservice.transfer import Pipeline
 from convservice.v1 import conv_pb2 as pb
-from tests.client.fake import FakeServer, FakeService, hang, relu, serve_then_break
+from tests.client.fake import FakeServer, FakeService, hang, refuse, relu, serve_then_break
 
 
 def arrays(count: int, size: int = 5) -> Iterator[Any]:
@@ -160,6 +160,44 @@ def test_a_large_run_survives_a_lost_connection(fake: FakeService, client: ConvC
     x = np.random.default_rng(0).normal(size=(1, 3, 400, 500)).astype("float32")
     assert np.array_equal(client.run(relu(), x), np.maximum(x, 0))
     assert fake.streams == 2
+
+
+def test_a_connection_lost_between_two_arrays_is_opened_anew_at_once(
+    fake: FakeService, client: ConvClient
+) -> None:
+    reopened = threading.Event()
+
+    def again(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
+        reopened.set()
+        yield from fake.serve(requests)
+
+    def slowly() -> Iterator[Any]:
+        yield np.ones((1, 1, 4, 4), "float32")
+        assert reopened.wait(30)
+        yield np.ones((1, 1, 4, 4), "float32")
+
+    fake.scripts.extend([serve_then_break(1), again])
+    assert len(list(client.map(relu(), slowly()))) == 2
+
+
+def test_a_server_that_will_not_wait_for_the_iterable_is_no_failure(
+    fake: FakeService, client: ConvClient
+) -> None:
+    patient = threading.Event()
+
+    def impatient(fake: FakeService, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+        refuse(context, ServiceUnavailable("nothing came", reason=Reason.IDLE))
+
+    def at_last(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
+        patient.set()
+        yield from fake.serve(requests)
+
+    def slowly() -> Iterator[Any]:
+        assert patient.wait(30)
+        yield np.ones((1, 1, 4, 4), "float32")
+
+    fake.scripts.extend([*[impatient] * 9, at_last])
+    assert len(list(client.map(relu(), slowly()))) == 1
 
 
 def test_a_few_lost_connections_without_a_result_are_enough(fake: FakeService, client: ConvClient) -> None:

@@ -51,12 +51,12 @@ def activation_function(activation: Activation) -> InPlace | None:
         special.expit(x, out=x)
 
     def silu(x: NDArray[Any]) -> None:
-        _times(x, special.expit(x))
+        np.multiply(x, special.expit(x), out=x)
 
     def gelu(x: NDArray[Any]) -> None:
         tail = x * x.dtype.type(-(0.5**0.5))
         special.erfc(tail, out=tail)  # erfc keeps its digits where 1 + erf cancels
-        _times(x, tail)
+        np.multiply(x, tail, out=x)
         np.multiply(x, x.dtype.type(0.5), out=x)
 
     return {"sigmoid": sigmoid, "silu": silu, "gelu": gelu}[activation.function]
@@ -70,13 +70,6 @@ def _relu(x: NDArray[Any]) -> None:
 
 def _tanh(x: NDArray[Any]) -> None:
     np.tanh(x, out=x)
-
-
-def _times(x: NDArray[Any], factor: NDArray[Any]) -> None:
-    """x *= factor, where 0 times infinity is 0: the limit of a function that vanishes on that side."""
-    vanished = factor == 0
-    np.multiply(x, factor, out=x)
-    np.copyto(x, 0, where=vanished)
 
 
 def _leaky_relu(slope: float) -> InPlace:

@@ -36,6 +36,8 @@ MOST_COLUMNS_BYTES = 16 << 20
 """What the columns may take for the sake of `FEWEST_COLUMNS`."""
 TILE_WORK = 32_000_000
 """Multiply-adds worth a worker of its own: a block's filters are cut into tiles of about so much."""
+MOST_WINDOW_BYTES = 8 << 20
+"""What the input under a block may take, gaps between far apart windows included, if it has several rows."""
 MOST_WORK = 2_000_000_000
 """Multiply-adds of a block at most: cancel and deadline are checked between blocks."""
 
@@ -70,6 +72,10 @@ class Im2colOperator:
         work = self._layer.out_channels * self._filters.shape[2]
         columns = max(1, min(columns, MOST_COLUMNS_BYTES // column_bytes, MOST_WORK // work))
         rows, inner = cut(columns, out.rest)
+        row_bytes = self._layer.in_channels * self._dtype.itemsize
+        extent, *others = spans(self._layer, (1, *inner))
+        most_rows = MOST_WINDOW_BYTES // (row_bytes * math.prod(others))
+        rows = max(1, min(rows, (most_rows - extent) // self._layer.stride[0] + 1))
         elements = self._layer.out_channels * rows * math.prod(inner)
         scratch = sum(self._sizes((rows, *inner)))
         return BlockPlan("im2col", rows, inner, scratch, temporary_bytes(elements, dtype_of(self._dtype)))
