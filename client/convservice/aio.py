@@ -169,12 +169,12 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
         """Sends a network to the server, which keeps it; see `ConvClient.register`."""
         net = network_of(network)
         await self._drive(flows.register(self._known, net), self._limit(timeout))
-        return AsyncRegisteredNetwork(self, net)
+        return AsyncRegisteredNetwork(self.run, net)
 
     async def network(self, name: str, *, timeout: float | None = None) -> AsyncRegisteredNetwork:
         """The registered network of that name; see `ConvClient.network`."""
         network = await self._drive(flows.get_network(self._known, name), self._limit(timeout))
-        return AsyncRegisteredNetwork(self, network)
+        return AsyncRegisteredNetwork(self.run, network)
 
     async def networks(self, *, timeout: float | None = None) -> tuple[str, ...]:
         """The names of the caller's registered networks, in order."""

@@ -231,7 +231,7 @@ class ConvClient(Convolutions[NDArray[Any]]):
         """
         net = network_of(network)
         self._drive(flows.register(self._known, net), self._limit(timeout))
-        return RegisteredNetwork(self, net)
+        return RegisteredNetwork(self.run, net)
 
     def network(self, name: str, *, timeout: float | None = None) -> RegisteredNetwork:
         """The registered network of that name; its weights are known by digest alone.
@@ -240,7 +240,7 @@ class ConvClient(Convolutions[NDArray[Any]]):
             NetworkNotFound: the server has none so named for this caller.
         """
         network = self._drive(flows.get_network(self._known, name), self._limit(timeout))
-        return RegisteredNetwork(self, network)
+        return RegisteredNetwork(self.run, network)
 
     def networks(self, *, timeout: float | None = None) -> tuple[str, ...]:
         """The names of the caller's registered networks, in order."""

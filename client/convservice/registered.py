@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -13,12 +13,6 @@ from convservice.layers import Layer
 from convservice.network import Network
 from convservice.progress import ProgressLike
 from convservice.wire.headers import TensorReport
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from convservice.aio import AsyncConvClient
-    from convservice.client import ConvClient
 
 
 class _Registered:
@@ -52,9 +46,9 @@ class _Registered:
 class RegisteredNetwork(_Registered):
     """A network that the server keeps; call it with an array. Made by `ConvClient.register`."""
 
-    def __init__(self, client: ConvClient, network: Network) -> None:
+    def __init__(self, run: Callable[..., Any], network: Network) -> None:
         super().__init__(network)
-        self._client = client
+        self._run = run
 
     def __call__(
         self,
@@ -69,7 +63,7 @@ class RegisteredNetwork(_Registered):
         on_report: Callable[[TensorReport], None] | None = None,
     ) -> Any:
         """What `ConvClient.run` hands back for this network and `x`."""
-        return self._client.run(
+        return self._run(
             self,
             x,
             data_format=data_format,
@@ -85,9 +79,9 @@ class RegisteredNetwork(_Registered):
 class AsyncRegisteredNetwork(_Registered):
     """A network that the server keeps; await its call. Made by `AsyncConvClient.register`."""
 
-    def __init__(self, client: AsyncConvClient, network: Network) -> None:
+    def __init__(self, run: Callable[..., Awaitable[Any]], network: Network) -> None:
         super().__init__(network)
-        self._client = client
+        self._run = run
 
     async def __call__(
         self,
@@ -102,7 +96,7 @@ class AsyncRegisteredNetwork(_Registered):
         on_report: Callable[[TensorReport], None] | None = None,
     ) -> Any:
         """What `AsyncConvClient.run` hands back for this network and `x`."""
-        return await self._client.run(
+        return await self._run(
             self,
             x,
             data_format=data_format,
