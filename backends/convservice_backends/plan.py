@@ -205,6 +205,7 @@ class _Planning:
             capacity += 1  # the edge, read again and again
         elif node.layer.row_mode is PaddingMode.REFLECT:
             capacity += window.before + window.after + 1
+        capacity += -(-window.extent // 4)  # so that the halo of a tall window is not moved with every row
         if given.rows is not None:
             capacity = min(capacity, given.rows)
         return NodePlan(

@@ -214,7 +214,7 @@ def activate(activation: Activation, z: float) -> float:
         case "tanh":
             return math.tanh(z)
         case "gelu":
-            return z * math.erfc(-z / math.sqrt(2)) / 2  # 1 + erf(t) = erfc(-t), without the cancellation
+            return z * (math.erfc(-z / math.sqrt(2)) / 2)  # 1 + erf(t) = erfc(-t), without the cancellation
         case "silu":
             return z * _sigmoid(z)
         case _:

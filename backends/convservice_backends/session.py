@@ -8,6 +8,7 @@ Samples that are one block in every layer go whole, several at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,10 +31,11 @@ Steps: TypeAlias = "Iterator[Band | Steps]"
 """A piece of the driver's work: bands, and further pieces to do first."""
 
 
-class FlowSession:
-    """Rows of one sample after another flow through the stages.
+@dataclass(eq=False)
+class _Session:
+    """What both kinds of sessions are made of.
 
-    Args:
+    Attributes:
         plan: how the tensor passes.
         operators: node id to operator.
         workspace: what operators borrow.
@@ -41,21 +43,25 @@ class FlowSession:
         convert: rounds them.
     """
 
-    def __init__(
-        self,
-        plan: NetworkPlan,
-        operators: Mapping[str, Operator],
-        workspace: Workspace,
-        empty: Empty,
-        convert: Convert,
-    ) -> None:
-        self._plan = plan
-        self._workspace = workspace
-        self._convert = convert
-        self._stages = {name: Stage(node, operators[name], empty) for name, node in plan.nodes.items()}
-        self._first = [name for name, node in plan.nodes.items() if INPUT in node.node.inputs]
+    plan: NetworkPlan
+    operators: Mapping[str, Operator]
+    workspace: Workspace
+    empty: Empty
+    convert: Convert
+
+    def __post_init__(self) -> None:
         self._sample = 0
         self._rows = 0
+
+
+class FlowSession(_Session):
+    """Rows of one sample after another flow through the stages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        nodes = self.plan.nodes
+        self._stages = {name: Stage(node, self.operators[name], self.empty) for name, node in nodes.items()}
+        self._first = [name for name, node in nodes.items() if INPUT in node.node.inputs]
 
     def submit(self, band: Band) -> Iterator[Band]:
         """Takes the next rows and hands on what can now be computed; see `interface.Session`."""
@@ -63,12 +69,12 @@ class FlowSession:
             rows = band.array[index : index + 1]
             yield from _bands(self._feed(self._first, rows))
             self._rows += rows.shape[2]
-            if self._rows == self._plan.spec.sample.rows:
+            if self._rows == self.plan.spec.sample.rows:
                 yield from _bands(self._end())
 
     def finish(self) -> Iterator[Band]:
         """Ends the input; see `interface.Session`."""
-        if self._plan.spec.sample.rows is not None:
+        if self.plan.spec.sample.rows is not None:
             return
         if not self._rows:
             raise InvalidRequest(
@@ -100,11 +106,11 @@ class FlowSession:
     def _advance(self, name: str) -> Steps:
         stage = self._stages[name]
         while (run := stage.next_run()) is not None:
-            rows = stage.compute(*run, self._workspace)
+            rows = stage.compute(*run, self.workspace)
             for output in stage.plan.outputs:
-                yield Band(self._convert(rows, self._plan.out_dtype), self._sample, run[0], output)
+                yield Band(self.convert(rows, self.plan.out_dtype), self._sample, run[0], output)
             if stage.plan.consumers:
-                yield self._feed(stage.plan.consumers, self._convert(rows, self._plan.dtype))
+                yield self._feed(stage.plan.consumers, self.convert(rows, self.plan.dtype))
 
 
 def _bands(steps: Steps) -> Iterator[Band]:
@@ -120,34 +126,20 @@ def _bands(steps: Steps) -> Iterator[Band]:
             open_steps.append(step)
 
 
-class WholeSession:
+class WholeSession(_Session):
     """Samples that are one block in every layer: several at a time, each layer after the other."""
 
-    def __init__(
-        self,
-        plan: NetworkPlan,
-        operators: Mapping[str, Operator],
-        workspace: Workspace,
-        empty: Empty,
-        convert: Convert,
-    ) -> None:
-        self._plan = plan
-        self._operators = operators
-        self._workspace = workspace
-        self._empty = empty
-        self._convert = convert
-        self._partial: Any = None
-        self._rows = 0
-        self._sample = 0
+    _partial: Any = None
+    """The sample that is being collected, where rows come in parts."""
 
     def submit(self, band: Band) -> Iterator[Band]:
         """Takes the next rows and hands on whole samples; see `interface.Session`."""
-        height = self._plan.spec.sample.height
+        height = self.plan.spec.sample.height
         if band.array.shape[2] < height:
             yield from self._collect(band.array, height)
             return
-        for first in range(0, band.array.shape[0], self._plan.stack):
-            yield from self._compute(band.array[first : first + self._plan.stack])
+        for first in range(0, band.array.shape[0], self.plan.stack):
+            yield from self._compute(band.array[first : first + self.plan.stack])
 
     def finish(self) -> Iterator[Band]:
         """Nothing is left: a sample is computed when its last row has come."""
@@ -158,9 +150,9 @@ class WholeSession:
         self._partial = None
 
     def _collect(self, rows: Any, height: int) -> Iterator[Band]:
-        spec = self._plan.spec
+        spec = self.plan.spec
         if self._partial is None:
-            self._partial = self._empty((1, spec.sample.channels, height, *spec.sample.rest), spec.dtype)
+            self._partial = self.empty((1, spec.sample.channels, height, *spec.sample.rest), spec.dtype)
         self._partial[:, :, self._rows : self._rows + rows.shape[2]] = rows
         self._rows += rows.shape[2]
         if self._rows == height:
@@ -170,15 +162,15 @@ class WholeSession:
     def _compute(self, samples: Any) -> Iterator[Band]:
         maps: dict[str, Any] = {INPUT: samples}
         count = int(samples.shape[0])
-        for name, node in self._plan.nodes.items():
-            given = self._convert(maps[node.node.inputs[0]], node.given_dtype)
-            out = self._empty((count, node.out.channels, node.out.height, *node.out.rest), node.out_dtype)
+        for name, node in self.plan.nodes.items():
+            given = self.convert(maps[node.node.inputs[0]], node.given_dtype)
+            out = self.empty((count, node.out.channels, node.out.height, *node.out.rest), node.out_dtype)
             run = Run(given, 0, node.given.height, 0, node.out.height, node.blocks)
-            self._operators[name].compute(run, out, self._workspace)
+            self.operators[name].compute(run, out, self.workspace)
             maps[name] = out
-        for name, node in self._plan.nodes.items():
+        for name, node in self.plan.nodes.items():
             for output in node.outputs:
-                yield Band(self._convert(maps[name], self._plan.out_dtype), self._sample, 0, output)
+                yield Band(self.convert(maps[name], self.plan.out_dtype), self._sample, 0, output)
         self._sample += count
 
 

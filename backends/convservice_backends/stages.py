@@ -15,6 +15,9 @@ from convservice.geometry import MAX_SIZE, first_row_kept
 from convservice_backends.operators import Operator, Run, Workspace
 from convservice_backends.plan import NodePlan
 
+MOVED_BYTES = 1 << 18
+"""Bytes of rows moved at a time, if they are more than one row."""
+
 Empty = Callable[[tuple[int, ...], DType], Any]
 """Allocates one of the backend's own arrays."""
 
@@ -51,12 +54,19 @@ class RowBuffer:
         count = rows.shape[2]
         held = self.seen - self.first
         if self._start + held + count > self._array.shape[2]:
-            # The ranges may overlap: rows move down one by one would be right too, a copy is simple.
-            self._array[:, :, :held] = self.held.copy()
-            self._start = 0
+            self._move_to_front(held)
         end = self._start + held
         self._array[:, :, end : end + count] = rows
         self.seen += count
+
+    def _move_to_front(self, held: int) -> None:
+        """Moves the rows held, a few at a time: never onto rows that have still to move, by no large copy."""
+        step = min(self._start, max(1, MOVED_BYTES // max(1, self._array[:, :, :1].nbytes)))
+        for at in range(0, held, step):
+            count = min(step, held - at)
+            source = self._start + at
+            self._array[:, :, at : at + count] = self._array[:, :, source : source + count]
+        self._start = 0
 
     def drop_before(self, row: int) -> None:
         """Forgets rows before `row`, which may lie beyond those that have come."""

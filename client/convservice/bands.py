@@ -261,7 +261,7 @@ class BandUnpacker:
                 metadata={"bytes": str(self._offset), "row_bytes": str(self._spec.row_bytes)},
                 field="data",
             )
-        yield self._decode(self._partial[: self._filled], 1, rows)
+        yield self._decode(self._partial[: self._filled], 1, rows, owned=True)
 
     def _bands(self, data: memoryview) -> Iterator[Band]:
         while len(data):
@@ -282,7 +282,7 @@ class BandUnpacker:
             data = data[take:]
             if self._filled == size:
                 whole, self._partial = self._partial, None
-                yield self._decode(whole, 1, band_rows)
+                yield self._decode(whole, 1, band_rows, owned=True)
 
     def _next_band_rows(self) -> int:
         rows = self._spec.sample.rows
@@ -297,19 +297,23 @@ class BandUnpacker:
             return self._spec.samples - self._sample
         return (rows - self._row) // band_rows
 
-    def _decode(self, data: NDArray[np.uint8], count: int, band_rows: int) -> Band:
+    def _decode(self, data: NDArray[np.uint8], count: int, band_rows: int, *, owned: bool = False) -> Band:
+        """The bands that packed bytes hold; the array is made of `data` itself where that is `owned`."""
         spec = self._spec
-        packed = data.view(spec.dtype.packed).reshape(count, *spec.packed_shape(band_rows))
+        packed: NDArray[Any] = data.view(spec.dtype.packed).reshape(count, *spec.packed_shape(band_rows))
         if spec.data_format is DataFormat.CHANNELS_LAST:
             packed = np.moveaxis(packed, -1, 1)
         if band_rows == spec.sample.rows:
-            band = Band(_aligned(packed, spec.dtype), self._sample, 0, self._output)
+            band = Band(_aligned(packed, spec.dtype, owned), self._sample, 0, self._output)
             self._sample += count
             return band
-        shape = (1, spec.sample.channels, count * band_rows, *spec.sample.rest)
-        joined = np.empty(shape, dtype=spec.dtype.numpy)
-        parts = joined.reshape(spec.sample.channels, count, band_rows, *spec.sample.rest)
-        parts[...] = np.moveaxis(packed, 0, 1)
+        if count == 1:
+            joined = _aligned(packed, spec.dtype, owned)
+        else:
+            shape = (1, spec.sample.channels, count * band_rows, *spec.sample.rest)
+            joined = np.empty(shape, dtype=spec.dtype.numpy)
+            parts = joined.reshape(spec.sample.channels, count, band_rows, *spec.sample.rest)
+            parts[...] = np.moveaxis(packed, 0, 1)
         band = Band(joined, self._sample, self._row, self._output)
         self._row += count * band_rows
         if self._row == spec.sample.rows:
@@ -318,8 +322,13 @@ class BandUnpacker:
         return band
 
 
-def _aligned(packed: NDArray[Any], dtype: DType) -> NDArray[Any]:
-    """A native, aligned, C-contiguous copy: received bytes lie anywhere, and arithmetic on them is slow."""
+def _aligned(packed: NDArray[Any], dtype: DType, owned: bool) -> NDArray[Any]:
+    """A native, aligned, C-contiguous array: received bytes lie anywhere, and arithmetic on them is slow.
+
+    What the unpacker put together itself is aligned, and copied only where its order is another.
+    """
+    if owned and packed.flags.c_contiguous:
+        return packed.astype(dtype.numpy, copy=False)
     return np.array(packed, dtype=dtype.numpy, order="C", copy=True)
 
 

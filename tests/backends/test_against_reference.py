@@ -178,6 +178,18 @@ def test_at_the_ends_of_the_range_of_numbers(
     check_every_layer(network, x, {"layer0": found})
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_activations_at_the_ends_of_the_range(backend: Backend, float_dtype: DType, function: str) -> None:
+    """No intermediate value may leave a range that the result does not leave."""
+    large = np.ldexp(0.9, 2 - int(np.log2(float_dtype.smallest_normal)))
+    values = [large, large / 2, 1.0, float_dtype.smallest_normal, 0.0]
+    x = np.array([[[*values, *(-value for value in values)]]]).astype(float_dtype.numpy)
+    network = Network([Activation(function)])
+    found = compute(backend, network, x)["output"]
+    assert np.isfinite(found).all()
+    check_every_layer(network, x, {"layer0": found})
+
+
 @pytest.mark.parametrize("rows", [None, 1])
 def test_what_is_too_large_for_a_dtype_is_infinite_without_a_warning(
     backend: Backend, float_dtype: DType, rows: int | None

@@ -149,6 +149,9 @@ def heavy(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
             network, shape = Network([Conv(random_array(rng, (64, 64, 3, 3), FLOAT32))]), (1, 64, 100, 60)
         case "float16":
             network, dtype = chain(rng, half), half
+        case "tall windows on wide rows":
+            network = Network([Conv(random_array(rng, (1, 1, 65, 1), FLOAT32))])
+            shape = (1, 1, 200, 30_000)
         case "two heads":
             network, shape = trunk_with_two_heads(rng, FLOAT32), (2, 2, 250, 500)
         case "every map":
@@ -173,6 +176,7 @@ def heavy(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
 HEAVY = (
     "one layer",
     "few columns",
+    "tall windows on wide rows",
     "chain",
     "float16",
     "two heads",

@@ -278,7 +278,7 @@ def reference(
             "INVALID_PARAMETER",
         ),
         (conv_node(bias=reference(sizes=(3,))), "INVALID_SHAPE"),
-        (conv_node(bias=reference(sizes=(2,), data_type=2)), "INVALID_SHAPE"),
+        (conv_node(bias=reference(sizes=(2,), data_type=2)), "DATA_TYPE_MISMATCH"),
         (conv_node(weight=reference(digest=b"short")), "INVALID_NETWORK"),
         (conv_node(weight=reference(data_type=0)), "UNKNOWN_DATA_TYPE"),
         (conv_node(weight=reference(data_type=5)), "INVALID_SHAPE"),

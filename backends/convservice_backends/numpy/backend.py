@@ -33,6 +33,9 @@ from convservice_backends.session import open_session
 
 log = logging.getLogger(__name__)
 
+CACHED_NODES = 8
+"""Nodes of the largest network whose plans are kept."""
+
 
 class NumpyBackend:
     """Convolution on the processor.
@@ -72,7 +75,9 @@ class NumpyNetwork:
         self._workers = workers
         self._operators: dict[DType, Mapping[str, Operator]] = {}
         # Small tensors of one shape come in their thousands; planning would be a good part of their time.
-        self._plan = lru_cache(maxsize=64)(self._plan_anew)
+        # A large network's plans would take more memory than they save time.
+        few = len(network.nodes) <= CACHED_NODES
+        self._plan = lru_cache(maxsize=64)(self._plan_anew) if few else self._plan_anew
         if network.tensors:
             self._in(network.tensors[0].dtype.accumulator)
 

@@ -56,8 +56,8 @@ def activation_function(activation: Activation) -> InPlace | None:
     def gelu(x: NDArray[Any]) -> None:
         tail = x * x.dtype.type(-(0.5**0.5))
         special.erfc(tail, out=tail)  # erfc keeps its digits where 1 + erf cancels
+        np.multiply(tail, x.dtype.type(0.5), out=tail)  # before the product, which may leave the range
         np.multiply(x, tail, out=x)
-        np.multiply(x, x.dtype.type(0.5), out=x)
 
     return {"sigmoid": sigmoid, "silu": silu, "gelu": gelu}[activation.function]
 

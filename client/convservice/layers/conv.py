@@ -85,12 +85,19 @@ class Conv(Layer):
         bias, filters = self.thresholds, self.filters
         if bias is None:
             return
-        if bias.shape != (self.out_channels,) or bias.dtype != filters.dtype:
+        if bias.shape != (self.out_channels,):
             raise InvalidRequest(
-                f"bias must have shape ({self.out_channels},) and the weight's dtype {filters.dtype},"
-                f" not {bias.shape} and {bias.dtype}",
+                f"bias must have shape ({self.out_channels},), one threshold a filter, not {bias.shape}",
                 reason=Reason.INVALID_SHAPE,
                 metadata={"shape": str(bias.shape), "out_channels": str(self.out_channels)},
+                field="bias",
+            )
+        if bias.dtype != filters.dtype:
+            raise InvalidRequest(
+                f"bias must have the weight's dtype {filters.dtype}, not {bias.dtype}; convert it first, for"
+                f" example bias.astype('{filters.dtype}')",
+                reason=Reason.DATA_TYPE_MISMATCH,
+                metadata={"bias": bias.dtype.name, "weight": filters.dtype.name},
                 field="bias",
             )
 

@@ -679,7 +679,8 @@ class TensorHeader(_message.Message):
     """Order of axes within a band, of the input and of every result."""
     output_data_type: Global___DataType.ValueType
     """The type of every result; unset: the network's own type (that of its weights; without weights the
-    input's if it is a float type, else float32).
+    input's if it is a float type, else float32). To an integer type values are rounded half to even, then
+    saturated, and NaN becomes 0.
     """
     backend: _builtins.str
     """Name of the backend to use; empty: the server's own choice. FAILED_PRECONDITION,

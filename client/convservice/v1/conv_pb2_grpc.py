@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ConvServiceStub(object):
-    """Remote convolution. Every call is safe to repeat except `ConvolveStream`.
+    """Remote convolution. Every call is safe to repeat except `ConvolveStream`; deleting a network again is
+    NOT_FOUND.
     """
 
     def __init__(self, channel):
@@ -78,7 +79,8 @@ class ConvServiceStub(object):
 
 
 class ConvServiceServicer(object):
-    """Remote convolution. Every call is safe to repeat except `ConvolveStream`.
+    """Remote convolution. Every call is safe to repeat except `ConvolveStream`; deleting a network again is
+    NOT_FOUND.
     """
 
     def Convolve(self, request, context):
@@ -98,7 +100,8 @@ class ConvServiceServicer(object):
         tensor's payload is discarded until its End or Abort, and the next tensor goes on. Only a framing
         error (a payload without a header, an id that does not increase) ends the stream, with
         INVALID_ARGUMENT / FRAMING. A stream on which nothing moves for `Limits.idle_timeout_ms` ends with
-        UNAVAILABLE / IDLE. HTTP/2 flow control is the only flow control: read while you write.
+        UNAVAILABLE / IDLE when the client is silent, with CANCELLED when it does not read. HTTP/2 flow control
+        is the only flow control: read while you write.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,7 +204,8 @@ def add_ConvServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ConvService(object):
-    """Remote convolution. Every call is safe to repeat except `ConvolveStream`.
+    """Remote convolution. Every call is safe to repeat except `ConvolveStream`; deleting a network again is
+    NOT_FOUND.
     """
 
     @staticmethod

@@ -45,7 +45,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ConvServiceStub:
-    """Remote convolution. Every call is safe to repeat except `ConvolveStream`."""
+    """Remote convolution. Every call is safe to repeat except `ConvolveStream`; deleting a network again is
+    NOT_FOUND.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -64,7 +66,8 @@ class ConvServiceStub:
     tensor's payload is discarded until its End or Abort, and the next tensor goes on. Only a framing
     error (a payload without a header, an id that does not increase) ends the stream, with
     INVALID_ARGUMENT / FRAMING. A stream on which nothing moves for `Limits.idle_timeout_ms` ends with
-    UNAVAILABLE / IDLE. HTTP/2 flow control is the only flow control: read while you write.
+    UNAVAILABLE / IDLE when the client is silent, with CANCELLED when it does not read. HTTP/2 flow control
+    is the only flow control: read while you write.
     """
     PutWeights: _grpc.StreamUnaryMultiCallable[_conv_pb2.PutWeightsRequest, _conv_pb2.PutWeightsResponse]
     """Sends one weight tensor: a header, then its bytes in order. Weights are known by their digest; they
@@ -87,7 +90,9 @@ class ConvServiceStub:
 
 @_typing.type_check_only
 class ConvServiceAsyncStub(ConvServiceStub):
-    """Remote convolution. Every call is safe to repeat except `ConvolveStream`."""
+    """Remote convolution. Every call is safe to repeat except `ConvolveStream`; deleting a network again is
+    NOT_FOUND.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Convolve: _aio.UnaryUnaryMultiCallable[_conv_pb2.ConvolveRequest, _conv_pb2.ConvolveResponse]  # type: ignore[assignment]
@@ -103,7 +108,8 @@ class ConvServiceAsyncStub(ConvServiceStub):
     tensor's payload is discarded until its End or Abort, and the next tensor goes on. Only a framing
     error (a payload without a header, an id that does not increase) ends the stream, with
     INVALID_ARGUMENT / FRAMING. A stream on which nothing moves for `Limits.idle_timeout_ms` ends with
-    UNAVAILABLE / IDLE. HTTP/2 flow control is the only flow control: read while you write.
+    UNAVAILABLE / IDLE when the client is silent, with CANCELLED when it does not read. HTTP/2 flow control
+    is the only flow control: read while you write.
     """
     PutWeights: _aio.StreamUnaryMultiCallable[_conv_pb2.PutWeightsRequest, _conv_pb2.PutWeightsResponse]  # type: ignore[assignment]
     """Sends one weight tensor: a header, then its bytes in order. Weights are known by their digest; they
@@ -125,7 +131,9 @@ class ConvServiceAsyncStub(ConvServiceStub):
     """Version, backends with the reason where one cannot run, limits, and what is in use now."""
 
 class ConvServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Remote convolution. Every call is safe to repeat except `ConvolveStream`."""
+    """Remote convolution. Every call is safe to repeat except `ConvolveStream`; deleting a network again is
+    NOT_FOUND.
+    """
 
     @_abc_1.abstractmethod
     def Convolve(
@@ -151,7 +159,8 @@ class ConvServiceServicer(metaclass=_abc_1.ABCMeta):
         tensor's payload is discarded until its End or Abort, and the next tensor goes on. Only a framing
         error (a payload without a header, an id that does not increase) ends the stream, with
         INVALID_ARGUMENT / FRAMING. A stream on which nothing moves for `Limits.idle_timeout_ms` ends with
-        UNAVAILABLE / IDLE. HTTP/2 flow control is the only flow control: read while you write.
+        UNAVAILABLE / IDLE when the client is silent, with CANCELLED when it does not read. HTTP/2 flow control
+        is the only flow control: read while you write.
         """
 
     @_abc_1.abstractmethod
