@@ -29,8 +29,12 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """What it printed, read as one JSON object."""
-        return json.loads(self.out)
+        """What it printed, read as one JSON object; NaN and infinities are none of JSON."""
+
+        def refuse(name: str) -> None:
+            pytest.fail(f"{name} is no JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
 
 
 Cli = Callable[..., Ended]

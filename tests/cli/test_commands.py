@@ -118,6 +118,33 @@ def test_explain_bare_whole_numbers(cli: Cli, target: str, tmp_path: Path, rank:
     assert ended.out.splitlines()[-1].endswith("the same")
 
 
+@pytest.mark.parametrize("activation", ["linear", "relu", "tanh", "gelu", "silu"])
+@pytest.mark.parametrize("first", [(np.nan, 1), (np.inf, 1), (-np.inf, 1), (np.inf, -np.inf)], ids=str)
+def test_explain_what_is_not_finite(
+    cli: Cli, target: str, tmp_path: Path, first: tuple[float, float], activation: str
+) -> None:
+    x, weight = tmp_path / "x.npy", tmp_path / "weight.npy"
+    np.save(x, np.array([[*first, 2], [3, 4, 5]], np.float32))
+    np.save(weight, np.eye(2, dtype=np.float32) + 1)
+    command = ["explain", "--target", target, "--input", x, "--weight", weight, "--activation", activation]
+    page = cli(*command)
+    assert (page.status, page.err) == (0, "")
+    assert page.out.endswith("the same\n")
+    ended = cli(*command, "--json")
+    assert ended.json["agree"] is True
+    assert ended.json["computed"] == ended.json["expected"]
+    assert ended.json["values"] == [[[str(x) if np.isinf(x) or np.isnan(x) else x for x in first], [3, 4]]]
+
+
+def test_explain_a_sum_that_the_dtype_cannot_hold(cli: Cli, target: str, tmp_path: Path) -> None:
+    x, weight = tmp_path / "x.npy", tmp_path / "weight.npy"
+    np.save(x, np.full((2, 2), 30000, np.float16))
+    np.save(weight, np.ones((2, 2), np.float16))
+    ended = cli("explain", "--target", target, "--input", x, "--weight", weight, "--json")
+    assert ended.status == 0
+    assert (ended.json["expected"], ended.json["computed"]) == (120000, "inf")
+
+
 def test_bench_validates_and_times(cli: Cli, target: str) -> None:
     shape = ["--shape", "2,4,16,12", "--weight-shape", "6,2,3,3", "--groups", "2", "--padding", "same"]
     ended = cli("bench", "--target", target, *shape, "--repeat", "3", "--concurrency", "2", "--json")

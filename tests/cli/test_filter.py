@@ -116,6 +116,29 @@ def test_an_image_of_several_megabytes(filtered: Filtered, rng: np.random.Genera
     np.testing.assert_array_equal(written, filtered_here(pixels, KERNELS["sharpen"], "clip"))
 
 
+@pytest.mark.parametrize("limit", [100, 10])
+def test_an_image_beyond_pillows_limit(
+    cli: Cli, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    Image.fromarray(np.full((12, 15), 7, np.uint8)).save(tmp_path / "in.png")
+    names = [tmp_path / "in.png", "--kernel", "gaussian", "-o", tmp_path / "out.png"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # Pillow warns beyond it, and refuses beyond twice
+        ended = cli("filter", *names, "--target", target)
+        assert (ended.status, ended.err) == (0, "")
+        assert limit == Image.MAX_IMAGE_PIXELS
+    with Image.open(tmp_path / "out.png") as written:
+        np.testing.assert_array_equal(np.asarray(written), np.full((12, 15), 7))
+
+
+def test_an_image_beyond_memory(cli: Cli, target: str, tmp_path: Path) -> None:
+    (tmp_path / "in.ppm").write_bytes(b"P6 2000000000 3 255\n")
+    names = [tmp_path / "in.ppm", "--kernel", "box", "-o", tmp_path / "out.png"]
+    ended = cli("filter", *names, "--target", target)
+    assert ended.status == 1
+    assert ended.err == "convservice: there is no memory here for an image of 2000000000x3 pixels\n"
+
+
 def test_what_it_says_of_itself(cli: Cli, target: str, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((31, 23, 3), np.uint8)).save(tmp_path / "in.png")
     command = [

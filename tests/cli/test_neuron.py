@@ -14,7 +14,9 @@ from convservice import Activation, Conv, InvalidRequest, SampleShape
 from convservice.cli.local import check, convolve
 from convservice.cli.neuron import activated, neuron_view
 from convservice.cli.worked_example import FEATURE_MAP, INPUT, WEIGHT
+from convservice.dtypes import dtype_of
 from convservice.layers import FUNCTIONS
+from convservice_backends.reference import layer_reference
 
 LAYERS: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [
     ({}, (2, 3, 4), (3, 9)),
@@ -105,10 +107,26 @@ def test_an_activation_at_zero_and_far_out(function: str) -> None:
     assert math.isnan(activated(activation, math.nan))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_bound_is_the_references(function: str, dtype: str, rng: np.random.Generator) -> None:
+    weight, bias = rng.uniform(-3, 3, (2, 3, 2, 2)), rng.uniform(-1, 1, 2)
+    layer = Conv(weight.astype(dtype), bias.astype(dtype), activation=Activation(function, negative_slope=-2))
+    x = rng.uniform(-2, 2, (3, 4, 5)).astype(dtype)
+    own = dtype_of(x.dtype)
+    expected = layer_reference(layer, x[None], own, own)
+    for channel, *index in np.ndindex(expected.value.shape[1:]):
+        view = neuron_view(layer, x, index, channel)
+        assert view.expected == pytest.approx(expected.value[(0, channel, *index)], rel=1e-12)
+        assert view.bound == pytest.approx(expected.bound[(0, channel, *index)], rel=1e-9)
+
+
 def test_a_neuron_that_is_not_there() -> None:
     layer = Conv(WEIGHT[None, None])
     with pytest.raises(InvalidRequest, match=r"neuron \(3, 0\) is outside the feature map of size \(3, 3\)"):
         neuron_view(layer, INPUT[None], (3, 0))
+    with pytest.raises(InvalidRequest, match=r"neuron \(0, -1\) is outside the feature map of size \(3, 3\)"):
+        neuron_view(layer, INPUT[None], (0, -1))
     with pytest.raises(InvalidRequest, match="channel must be from 0 to 0, not 1"):
         neuron_view(layer, INPUT[None], (0, 0), 1)
 

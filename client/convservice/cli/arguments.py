@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,26 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 """Where `serve` listens when it is not told otherwise."""
 
 
+def with_lists_joined(arguments: Sequence[str]) -> list[str]:
+    """Arguments with a list that starts with a minus joined to its option: `--neuron=-1,0`.
+
+    argparse would take such a list, `-1,0`, for an option; it knows single negative numbers only.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        follows_option = bool(joined) and re.fullmatch(r"--[a-z][a-z-]*", joined[-1]) is not None
+        if follows_option and re.fullmatch(r"-\d+[,:][-\d,:]*", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for machines")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; nan and inf are strings in it"
+    )
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:

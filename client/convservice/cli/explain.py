@@ -94,17 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
     view = neuron_view(layer, batch[arguments.sample], index, arguments.channel)
     with connected(arguments) as client:
         feature_maps = client.run(layer, batch, backend=arguments.backend)
-    computed = float(feature_maps[(arguments.sample, view.channel, *view.neuron)])
-    agree = abs(computed - view.expected) <= view.bound or (np.isnan(computed) and np.isnan(view.expected))
+    computed = feature_maps[(arguments.sample, view.channel, *view.neuron)]
+    agree, verdict = _verdict(view, computed)
     if arguments.json:
-        show_json(_as_json(view, computed, bool(agree)))
+        show_json(_as_json(view, float(computed), agree))
     else:
         print("\n".join(_page(problem, view, arguments.slices)))
         print(f"{'computed by the server':24}{number(computed):>14}", end="  ")
-        if agree:
-            print(styled("the same" if computed == view.expected else "the same but for rounding", "green"))
-        else:
-            print(styled(f"differs by more than {number(view.bound)}", "red"))
+        print(styled(verdict, "green" if agree else "red"))
     return Exit.OK if agree else Exit.FAILED
 
 
@@ -113,6 +110,11 @@ def _problem(arguments: argparse.Namespace) -> Problem:
         raise CommandFailed("--input and --weight go together: give both or neither", Exit.USAGE)
     x = INPUT if arguments.input is None else _readable(load_array(arguments.input))
     weight = WEIGHT if arguments.weight is None else load_array(arguments.weight)
+    if arguments.weight is None and arguments.rank not in (None, weight.ndim):
+        raise CommandFailed(
+            f"the worked example has rank {weight.ndim}: --rank {arguments.rank} needs --input and --weight",
+            Exit.USAGE,
+        )
     own = x.dtype if x.dtype.kind == "f" else np.dtype(np.float32)
     weight = weight.astype(own) if weight.dtype.kind in "iub" else weight
     bias = None if arguments.bias is None else load_array(arguments.bias).astype(weight.dtype)
@@ -145,6 +147,19 @@ def _readable(x: NDArray[Any]) -> NDArray[Any]:
     return x.astype(np.float64) if x.dtype.kind in "iub" and x.dtype.name not in known else x
 
 
+def _verdict(view: NeuronView, computed: Any) -> tuple[bool, str]:
+    """Whether the server's number, a scalar of the result's dtype, is as promised, and what to say of it."""
+    value = float(computed)
+    if value == view.expected or (np.isnan(value) and np.isnan(view.expected)):
+        return True, "the same"
+    with np.errstate(over="ignore"):
+        nearest = float(computed.dtype.type(view.expected))  # infinite where the dtype ends before
+    error = abs(value - view.expected)
+    if value == nearest or (np.isfinite(error) and error <= view.bound):
+        return True, "the same but for rounding"
+    return False, f"differs by more than {number(view.bound)}" if np.isfinite(view.bound) else "differs"
+
+
 def _page(problem: Problem, view: NeuronView, most: int) -> Iterator[str]:
     names = ("rows", "columns") if problem.layer.rank == 2 else ("planes", "rows", "columns")
     where = ", ".join(
@@ -173,15 +188,15 @@ def _page(problem: Problem, view: NeuronView, most: int) -> Iterator[str]:
 def _slices(view: NeuronView) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
     """The receptive field as grids of rows and columns: title, values, weights, products."""
     planes = view.values.reshape(-1, *np.atleast_2d(view.inside).shape[-2:])
-    weights = view.weights.reshape(planes.shape)
+    weights, products = view.weights.reshape(planes.shape), view.products.reshape(planes.shape)
     inside = np.broadcast_to(view.inside, view.values.shape).reshape(planes.shape)
     depth = len(planes) // len(view.values)
-    for at, (values, weight, real) in enumerate(zip(planes, weights, inside, strict=True)):
+    for at, (values, weight, product, real) in enumerate(zip(planes, weights, products, inside, strict=True)):
         channel, plane = divmod(at, depth)
         title = f"channel {view.first_channel + channel}"
         if depth > 1:
             title += f", plane {view.axes[0][plane]}"
-        yield title, grid(values, ~real), grid(weight), grid(values * weight)
+        yield title, grid(values, ~real), grid(weight), grid(product)
 
 
 def _as_json(view: NeuronView, computed: float, agree: bool) -> dict[str, Any]:

@@ -7,6 +7,8 @@ kept and writes it.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from convservice.cli.kernels import Kernel
 from convservice.cli.outcome import CommandFailed, Exit, missing_extra
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from convservice import ConvClient
 
 RESPONSES = ("clip", "absolute", "offset")
@@ -40,21 +44,19 @@ class Picture:
 def read_image(path: Path) -> Picture:
     """Reads an image, turned upright where its camera said how it was held.
 
-    Palettes become colours, 1-bit images become grey; 16-bit grey stays as it is.
+    Palettes become colours, 1-bit images become grey; 16-bit grey stays as it is. An image may be as large
+    as memory is.
 
     Raises:
-        CommandFailed: Pillow is missing, or the file is no image that it can read.
+        CommandFailed: Pillow is missing, the file is no image that it can read, or there is no memory for it.
     """
     try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError
     except ImportError as exc:
         raise missing_extra("pillow", "cli") from exc
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode not in ("L", "LA", "RGB", "RGBA"):
-                image = image.convert(_plain_mode(image.mode, image.has_transparency_data))
-            pixels = np.asarray(image)
+        with _any_size(), Image.open(path) as opened:
+            pixels = _pixels(opened)
     except UnidentifiedImageError as exc:
         raise CommandFailed(f"{path} is no image of a format that can be read here", Exit.USAGE) from exc
     except OSError as exc:
@@ -63,6 +65,32 @@ def read_image(path: Path) -> Picture:
         pixels = pixels[:, :, None]
     colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
     return Picture(pixels[:, :, :colours], pixels[:, :, colours:] if colours < pixels.shape[2] else None)
+
+
+@contextmanager
+def _any_size() -> Generator[None]:
+    """Lifts Pillow's limit on pixels: it guards against images of strangers, and these are the user's own."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _pixels(opened: Image.Image) -> NDArray[Any]:
+    """An opened image upright, as (rows, columns) or (rows, columns, channels)."""
+    from PIL import ImageOps
+
+    columns, rows = opened.size
+    try:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode not in ("L", "LA", "RGB", "RGBA"):
+            image = image.convert(_plain_mode(image.mode, image.has_transparency_data))
+        return np.asarray(image)
+    except MemoryError as exc:
+        raise CommandFailed(f"there is no memory here for an image of {columns}x{rows} pixels") from exc
 
 
 def _plain_mode(mode: str, transparent: bool) -> str:

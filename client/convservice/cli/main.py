@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from convservice.cli import bench, example, explain, filter, health, info, serve  # noqa: A004 - named as the command
+from convservice.cli.arguments import with_lists_joined
 from convservice.cli.outcome import EXIT_HELP, CommandFailed, Exit, status_of
 from convservice.cli.output import show_json
 from convservice.errors import ConvServiceError
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")  # a terminal without some character shows '?' in its place
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_args(with_lists_joined(sys.argv[1:] if argv is None else argv))
     if argv is None and arguments.run is not serve.COMMAND.run:
         # A command that is ended still stops the server that it started.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -32,6 +32,7 @@ class NeuronView:
         values: (in_channels / groups, *kernel), float64.
         inside: (*kernel), whether the value is one of the input and not of the padding.
         weights: (in_channels / groups, *kernel), float64.
+        products: (in_channels / groups, *kernel): value times weight.
         threshold: its bias, 0 where there is none.
         total: the exact sum of the products, rounded once.
         function: the activation's name.
@@ -46,16 +47,12 @@ class NeuronView:
     values: NDArray[np.float64]
     inside: NDArray[np.bool_]
     weights: NDArray[np.float64]
+    products: NDArray[np.float64]
     threshold: float
     total: float
     function: str
     expected: float
     bound: float
-
-    @property
-    def products(self) -> NDArray[np.float64]:
-        """(in_channels / groups, *kernel): value times weight."""
-        return self.values * self.weights
 
 
 def neuron_view(layer: Conv, sample: NDArray[Any], index: Sequence[int], channel: int = 0) -> NeuronView:
@@ -70,6 +67,13 @@ def neuron_view(layer: Conv, sample: NDArray[Any], index: Sequence[int], channel
     Raises:
         InvalidRequest: there is no such neuron, or the sample does not fit the layer.
     """
+    sizes = layer.output_shape(sample.shape)[1:]
+    if len(index) == len(sizes) and min(index) < 0:
+        raise InvalidRequest(
+            f"neuron {tuple(index)} is outside the feature map of size {sizes}",
+            reason=Reason.INVALID_PARAMETER,
+            field="index",
+        )
     field = layer.receptive_field(index, sample.shape)
     if not 0 <= channel < layer.out_channels:
         raise InvalidRequest(
@@ -90,8 +94,10 @@ def neuron_view(layer: Conv, sample: NDArray[Any], index: Sequence[int], channel
     within = [[0 <= p < size for p in axis] for axis, size in zip(field.axes, field.sizes, strict=True)]
     weights = layer.weight[channel].astype(np.float64)
     threshold = 0.0 if layer.bias is None else float(layer.bias[channel])
-    products = (values * weights).ravel().tolist()
-    before = math.fsum([*products, threshold])
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = values * weights
+    terms = products.ravel().tolist()
+    before = _sum([*terms, threshold])
     return NeuronView(
         neuron=tuple(index),
         channel=channel,
@@ -100,11 +106,12 @@ def neuron_view(layer: Conv, sample: NDArray[Any], index: Sequence[int], channel
         values=values,
         inside=_grid(within),
         weights=weights,
+        products=products,
         threshold=threshold,
-        total=math.fsum(products),
+        total=_sum(terms),
         function=layer.activation.function,
         expected=activated(layer.activation, before),
-        bound=_bound(layer, products, threshold, before),
+        bound=_bound(layer, terms, before, _sum([abs(term) for term in (*terms, threshold)])),
     )
 
 
@@ -113,22 +120,35 @@ def _grid(axes: Sequence[Sequence[bool]]) -> NDArray[np.bool_]:
     return reduce(np.logical_and.outer, (np.array(axis) for axis in axes))
 
 
-def _bound(layer: Conv, products: Sequence[float], threshold: float, before: float) -> float:
-    """(K + 3) u_acc |x|*|w| + u_out |y| + K eta_acc + eta_out, through the activation's steepest slope."""
-    out = layer.filters.dtype
-    accumulator = out.accumulator
-    magnitude = math.fsum(map(abs, products)) + abs(threshold)
-    linear = (
-        (len(products) + 3) * accumulator.roundoff * magnitude
-        + out.roundoff * abs(before)
-        + len(products) * accumulator.smallest_normal
-        + out.smallest_normal
-    )
-    if layer.activation.function == "linear":
-        return linear
-    steepest = max(1.13, abs(layer.activation.negative_slope))  # gelu's slope reaches 1.129
-    value = activated(layer.activation, before)
-    return steepest * linear + (8 * accumulator.roundoff + out.roundoff) * max(1.0, abs(value))
+def _sum(terms: Sequence[float]) -> float:
+    """The exact sum, rounded once; where infinities or an overflow leave none, what floats add up to."""
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):
+        return sum(terms)
+
+
+def _bound(layer: Conv, products: Sequence[float], before: float, magnitude: float) -> float:
+    """How far the service's answer may be from what the neuron gives: what it promises of a convolution.
+
+    L ((K + 3) u_acc M + K eta_acc) + T + u_out |y| + eta_out, with L the activation's steepest slope, M the
+    sum's magnitude, T the activation's own error, and eta a type's smallest normal number.
+    """
+    out, activation = layer.filters.dtype, layer.activation
+    u, eta = out.accumulator.roundoff, out.accumulator.smallest_normal
+    value = abs(activated(activation, before))
+    linear = (len(products) + 3) * u * magnitude + len(products) * eta
+    rounding = out.roundoff * value + out.smallest_normal
+    match activation.function:
+        case "linear" | "relu":
+            return linear + rounding
+        case "leaky_relu":
+            return max(1.0, abs(activation.negative_slope)) * linear + 2 * u * value + rounding
+        case "gelu":
+            return 1.13 * linear + 12 * u * abs(before) + eta + rounding
+        case function:
+            steepest = {"sigmoid": 0.25, "tanh": 1.0, "silu": 1.1}[function]
+            return steepest * linear + 12 * u * value + eta * (1 + abs(before)) + rounding
 
 
 def activated(activation: Activation, x: float) -> float:

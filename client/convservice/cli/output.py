@@ -7,20 +7,35 @@ columns, so that they can be read, piped and compared without it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 Advance = Callable[[int], None]
 """Given the number of steps done since the last call."""
 
 
 def show_json(value: Any) -> None:
-    """Prints one JSON object, keys in the order given."""
-    print(json.dumps(value, indent=2))
+    """Prints one JSON object, keys in the order given.
+
+    JSON has no NaN and no infinities: they become the strings `"nan"`, `"inf"` and `"-inf"`.
+    """
+    print(json.dumps(_named(value), indent=2, allow_nan=False))
+
+
+def _named(value: Any) -> Any:
+    """`value` with the name of each float that is not finite in its place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}"
+    if isinstance(value, Mapping):
+        return {key: _named(member) for key, member in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_named(item) for item in cast("Sequence[Any]", value)]
+    return value
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
