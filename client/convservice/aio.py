@@ -12,8 +12,9 @@ from typing import Any, Self, TypeVar, overload
 from numpy.typing import ArrayLike, NDArray
 
 from convservice import flows
+from convservice.aio_bandtransfer import stream_bands
 from convservice.aio_channel import AsyncConnection
-from convservice.aio_transfer import AsyncPipeline, each, stream_bands
+from convservice.aio_transfer import AsyncPipeline, each
 from convservice.arrays import Options, as_input
 from convservice.bands import Band
 from convservice.bandstream import BandJob
@@ -21,7 +22,7 @@ from convservice.channel import Endpoint, Tls
 from convservice.convolutions import Convolutions
 from convservice.dtypes import DTypeLike
 from convservice.errors import ConvServiceError
-from convservice.flight import numbered
+from convservice.flight import numbered, streamed
 from convservice.info import ServerInfo
 from convservice.jobs import Job
 from convservice.layers import Layer
@@ -130,7 +131,8 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
             number = 0
             async for x in each(xs):
                 number += 1
-                yield Job.of(net, as_input(x, net.rank, options.data_format), options, number)
+                job = Job.of(net, as_input(x, net.rank, options.data_format), options)
+                yield streamed(job, number)
 
         return self._results(net, jobs(), options, Meter(None, None, None), on_report)
 

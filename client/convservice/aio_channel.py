@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from convservice.channel import Endpoint, closed_error, error_of
+from convservice.channel import Endpoint, closed_error
 from convservice.errors import Cancelled, Reason
+from convservice.rpc_errors import error_of
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
 
@@ -57,15 +58,14 @@ class AsyncConnection:
             return await call
         except grpc.RpcError as exc:
             cause = await _cause(exc, status)
-            raise error_of(cause, self.target, method) from cause
+            raise error_of(cause, self.target, method, timeout) from cause
         except asyncio.CancelledError:
             raise cancelled(method, self.target) from None
 
     def stream(self, timeout: float | None) -> AsyncStream:
         """Starts a `ConvolveStream` call."""
-        return AsyncStream(
-            self.stub().ConvolveStream(timeout=timeout, metadata=self.endpoint.metadata), self.target
-        )
+        call = self.stub().ConvolveStream(timeout=timeout, metadata=self.endpoint.metadata)
+        return AsyncStream(call, self.target, timeout)
 
     async def close(self) -> None:
         """Closes the channel; what runs on it is cancelled."""
@@ -76,11 +76,12 @@ class AsyncConnection:
 
 
 class AsyncStream:
-    """A `ConvolveStream` call."""
+    """A `ConvolveStream` call, started with `timeout`."""
 
-    def __init__(self, call: Any, target: str) -> None:
+    def __init__(self, call: Any, target: str, timeout: float | None) -> None:
         self._call = call
         self._target = target
+        self._timeout = timeout
         self._status = _status_of(call)
 
     @property
@@ -111,7 +112,7 @@ class AsyncStream:
             answer: pb.ConvolveStreamResponse | None = await anext(aiter(self._call), None)
         except grpc.RpcError as exc:
             cause = await _cause(exc, self._status)
-            raise error_of(cause, self._target, "ConvolveStream") from cause
+            raise error_of(cause, self._target, "ConvolveStream", self._timeout) from cause
         except asyncio.CancelledError:
             raise cancelled("ConvolveStream", self._target) from None
         return answer

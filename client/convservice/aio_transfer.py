@@ -1,4 +1,4 @@
-"""The async client's streams: the twin of `transfer`, with tasks where that has threads and locks.
+"""The async client's whole tensors: the twin of `transfer`, with tasks where that has threads and locks.
 
 A task of its own writes, from the start of the call; the answers are read in the caller's task. Everything
 runs in one event loop, so nothing needs a lock.
@@ -12,9 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from convservice.aio_channel import AsyncConnection, AsyncStream
-from convservice.bands import Band
-from convservice.bandstream import BandJob, BandReader, BandWriter
-from convservice.errors import Cancelled, ConvServiceError, Reason, ServiceUnavailable
+from convservice.errors import Cancelled, ConvServiceError, ServiceUnavailable
 from convservice.flight import Flight
 from convservice.flows import is_missing
 from convservice.jobs import Collector, Job, broken
@@ -92,9 +90,11 @@ class AsyncPipeline:
                 self._drop_call()
                 if self._fatal is not None:
                     raise self._fatal from None
+                if isinstance(exc, ServiceUnavailable) and self._nothing_to_send():
+                    if await self._at_hand() is not None:
+                        continue
+                    return None
                 job = self._flight.oldest
-                if job is None and exc.reason == Reason.IDLE:
-                    continue  # the server has waited long enough for the next job; it is still to come
                 if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
                     await asyncio.sleep(BACKOFF[failures])
                     failures += 1
@@ -103,6 +103,10 @@ class AsyncPipeline:
                     raise
                 await self._register(job.network)
                 registered = True
+
+    def _nothing_to_send(self) -> bool:
+        """Whether a lost connection matters to no job."""
+        return not len(self._flight) and self._pulled is None
 
     async def _attempt(self, limit: asyncio.Timeout) -> Collector | None:
         call = self._call or self._open_call()
@@ -164,7 +168,9 @@ class AsyncPipeline:
     async def _write(self, call: AsyncStream) -> None:
         try:
             await write_all(call, self._messages(), self._meter)
-        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
+        except asyncio.CancelledError:  # the call is dropped
+            raise
+        except BaseException as exc:  # noqa: BLE001 - raised again in the caller's task
             self._fatal = exc
             self._changed.set()
             call.cancel()
@@ -179,11 +185,7 @@ class AsyncPipeline:
         job = self._flight.rewrite()
         if job is not None:
             return job
-        if self._pulled is None and not self._ended:
-            if self._pulling is None:  # a task of its own, which a lost connection does not cancel
-                self._pulling = asyncio.create_task(self._pull())
-            await asyncio.shield(self._pulling)
-        job = self._pulled
+        job = await self._at_hand()
         if job is None:
             return None
         while not self._flight.admits(job):
@@ -193,74 +195,23 @@ class AsyncPipeline:
         self._pulled = None
         return job
 
+    async def _at_hand(self) -> Job | None:
+        """The next job, once there is one; None at the end."""
+        if self._pulled is None and not self._ended:
+            if self._pulling is None:  # a task of its own, which a lost connection does not cancel
+                self._pulling = asyncio.create_task(self._pull())
+            await asyncio.shield(self._pulling)
+        return self._pulled
+
     async def _pull(self) -> None:
         """Takes the next job from the caller's iterator."""
         try:
             self._pulled = await anext(self._jobs, None)
-        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
+        except BaseException as exc:  # noqa: BLE001 - raised again in the caller's task
             self._jobs_error = exc
         self._ended = self._pulled is None
         self._pulling = None
         self._changed.set()
-
-
-async def stream_bands(
-    connection: AsyncConnection,
-    job: BandJob,
-    bands: Iterable[Any] | AsyncIterable[Any],
-    *,
-    timeout: float | None,  # noqa: ASYNC109 - gRPC's own
-    meter: Meter,
-    on_report: OnReport,
-) -> AsyncGenerator[Band, None]:
-    """One tensor band by band: the results' bands as they come. Leaving early cancels the call.
-
-    Raises:
-        ServiceUnavailable: the connection was lost; the metadata says how far the results had come.
-    """
-    reader = BandReader(job, connection.target)
-    failed: list[BaseException] = []
-    call = connection.stream(timeout)
-
-    async def write() -> None:
-        try:
-            await write_all(call, band_messages(job, bands), meter)
-        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
-            failed.append(exc)
-            call.cancel()
-
-    writer = asyncio.create_task(write())
-    try:
-        while (message := await call.answer()) is not None:
-            meter.received(len(message.payload.data))
-            for band in reader.receive(message):
-                yield band
-        if reader.report is None:
-            raise unanswered(connection.target)
-    except ConvServiceError as exc:
-        if failed:
-            raise failed[0] from None
-        if isinstance(exc, ServiceUnavailable):
-            raise reader.interrupted(exc) from exc.__cause__
-        raise
-    finally:
-        call.cancel()
-        writer.cancel()
-    if on_report is not None:
-        on_report(reader.report)
-
-
-async def band_messages(
-    job: BandJob, bands: Iterable[Any] | AsyncIterable[Any]
-) -> AsyncIterator[pb.ConvolveStreamRequest]:
-    """All messages of a band job, as the bands come."""
-    writer = BandWriter(job)
-    yield writer.header()
-    async for band in each(bands):
-        for message in writer.add(band):
-            yield message
-    for message in writer.end():
-        yield message
 
 
 async def write_all(

@@ -15,11 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from convservice.bands import DataFormat
 from convservice.channel import check_timeout
-from convservice.dtypes import DType, DTypeLike, dtype_of
+from convservice.dtypes import FLOAT64, DType, DTypeLike, dtype_of
 from convservice.errors import InvalidRequest, Reason
 from convservice.geometry import SampleShape
 from convservice.layers import split_shape
 from convservice.network import Network
+from convservice.tensors import as_array
 from convservice.wire.enums import Precision
 
 AXES = {1: "L", 2: "H, W", 3: "D, H, W"}
@@ -95,20 +96,6 @@ class Input:
         return SampleShape(channels, rows, tuple(rest))
 
 
-def as_array(name: str, value: ArrayLike) -> NDArray[Any]:
-    """`value` as an array.
-
-    Raises:
-        InvalidRequest: `INVALID_SHAPE` for lists of uneven lengths and what else NumPy cannot take.
-    """
-    try:
-        return np.asarray(value)
-    except (ValueError, TypeError) as exc:
-        raise InvalidRequest(
-            f"{name} is not an array: {exc}", reason=Reason.INVALID_SHAPE, field=name
-        ) from exc
-
-
 def as_input(x: ArrayLike, rank: int | None, data_format: DataFormat) -> Input:
     """A user's array (N, C, *spatial) or (C, *spatial), channels last where the format says so.
 
@@ -159,6 +146,26 @@ def input_dtype(dtype: DTypeLike) -> DType:
             reason=exc.reason,
             metadata=exc.metadata,
             field="x",
+        ) from exc
+
+
+def network_dtype(network: Network, given: DType) -> DType:
+    """The network's dtype for an input of dtype `given`.
+
+    Raises:
+        InvalidRequest: `DATA_TYPE_MISMATCH`, saying how to convert.
+    """
+    try:
+        return network.dtype(given)
+    except InvalidRequest as exc:
+        weights = exc.metadata["weight"]
+        # float64 is what lists and much of NumPy make without being asked, so it is that which gives way
+        cure = f"x.astype({weights!r})" if given is FLOAT64 else f"weight.astype({given.name!r})"
+        raise InvalidRequest(
+            f"{exc.message}; convert one, for example {cure}",
+            reason=exc.reason,
+            metadata=exc.metadata,
+            field=exc.field,
         ) from exc
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convservice.arrays import AXES, Options, as_array, input_dtype
+from convservice.arrays import AXES, Options, input_dtype, network_dtype
 from convservice.bands import Band, BandPacker, DataFormat, TensorSpec, band_rows_for
 from convservice.dtypes import DTypeLike
 from convservice.errors import InvalidRequest, Reason, ServiceUnavailable
@@ -22,6 +22,7 @@ from convservice.exchange import Done, Failed, ResultOpened, ResultReceiver, Ten
 from convservice.geometry import SampleShape, integer
 from convservice.jobs import Output, broken, check_result, tensor_request
 from convservice.network import Network
+from convservice.tensors import as_array
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import TensorReport, TensorRequest, request_from_proto, request_to_proto
 
@@ -59,7 +60,7 @@ class BandJob:
         """
         samples, sample = _announced(shape, network.rank, options.data_format)
         known = input_dtype(dtype)
-        own = network.dtype(known)
+        own = network_dtype(network, known)
         shapes = network.shapes(sample)
         row_bytes = sample.row_elements * known.itemsize
         if band_rows is None:

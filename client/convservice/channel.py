@@ -1,8 +1,7 @@
-"""The channel to a server: target, credentials, options, retries, and gRPC's errors as the service's own.
+"""The channel to a server: target, credentials, options, retries.
 
 Given what `connect` takes, `Endpoint` checks it once and opens channels; `Connection` keeps one open for the
-sync client and opens a new one after a fork. Every `grpc.RpcError` becomes a `ConvServiceError` in
-`error_of` and nowhere else.
+sync client and opens a new one after a fork.
 """
 
 from __future__ import annotations
@@ -14,17 +13,16 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
-from google.rpc import status_pb2
 
-from convservice.errors import ConvServiceError, InvalidRequest, Reason, from_status
+from convservice.errors import InvalidRequest, Reason
+from convservice.rpc_errors import SERVICE, error_of
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
 from convservice.version import __version__
@@ -43,11 +41,10 @@ MAX_MESSAGE_BYTES = 4 << 20
 RETRIED = ("Convolve", "RegisterNetwork", "GetNetwork", "ListNetworks", "GetServerInfo")
 """Methods that gRPC sends again: those of one message that give the same answer each time."""
 
-_SERVICE = "convservice.v1.ConvService"
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": _SERVICE, "method": method} for method in RETRIED],
+            "name": [{"service": SERVICE, "method": method} for method in RETRIED],
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",
@@ -68,11 +65,6 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.primary_user_agent", f"convservice-python/{__version__}"),
 )
-_DEFAULT_REASONS = {
-    grpc.StatusCode.CANCELLED: Reason.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED: Reason.DEADLINE,
-    grpc.StatusCode.INTERNAL: Reason.INTERNAL,
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -173,36 +165,6 @@ def check_timeout(timeout: float | None) -> float | None:
     return float(timeout)
 
 
-def error_of(exc: grpc.RpcError, target: str, method: str) -> ConvServiceError:
-    """The error that gRPC's stands for, with what the server said in its trailing metadata."""
-    code = exc.code()
-    status = _rich_status(exc)
-    if status is not None:
-        return from_status(status, target=target, method=method)
-    message = exc.details() or code.name
-    if code is grpc.StatusCode.UNAVAILABLE:
-        message = f"the server at {target} cannot be reached, or the connection broke: {message}"
-    elif code is grpc.StatusCode.UNIMPLEMENTED:
-        message = f"what answers at {target} does not serve {_SERVICE}/{method}: {message}"
-    plain = status_pb2.Status(code=code.value[0], message=message)
-    error = from_status(plain, target=target, method=method)
-    error.reason = str(_DEFAULT_REASONS.get(code, ""))
-    return error
-
-
-def _rich_status(exc: grpc.RpcError) -> status_pb2.Status | None:
-    """The status that travelled beside gRPC's own; None where there is none, or it contradicts that."""
-    trailing = cast("Iterable[tuple[str, bytes]]", exc.trailing_metadata() or ())
-    found = next((value for key, value in trailing if key == "grpc-status-details-bin"), None)
-    if found is None:
-        return None
-    try:
-        status = status_pb2.Status.FromString(found)
-    except DecodeError:
-        return None
-    return status if status.code == exc.code().value[0] else None
-
-
 class Connection:
     """One channel, opened when it is first needed, and anew in a process that was forked."""
 
@@ -239,18 +201,18 @@ class Connection:
         try:
             return call(request, timeout=timeout, metadata=self.endpoint.metadata)
         except grpc.RpcError as exc:
-            raise error_of(exc, self.target, method) from exc
+            raise error_of(exc, self.target, method, timeout) from exc
 
     def stream(self, requests: Iterator[pb.ConvolveStreamRequest], timeout: float | None) -> Any:
         """Starts a `ConvolveStream` call; gRPC takes the requests in a thread of its own from now on."""
         return self.stub().ConvolveStream(requests, timeout=timeout, metadata=self.endpoint.metadata)
 
-    def answers(self, call: Iterator[T]) -> Iterator[T]:
-        """The answers of a `ConvolveStream` call."""
+    def answers(self, call: Iterator[T], timeout: float | None) -> Iterator[T]:
+        """The answers of a `ConvolveStream` call that was started with `timeout`."""
         try:
             yield from call
         except grpc.RpcError as exc:
-            raise error_of(exc, self.target, "ConvolveStream") from exc
+            raise error_of(exc, self.target, "ConvolveStream", timeout) from exc
 
     def close(self) -> None:
         """Closes the channel; what runs on it is cancelled."""

@@ -13,6 +13,7 @@ from convservice import flows
 from convservice.arrays import Options, as_input
 from convservice.bands import Band
 from convservice.bandstream import BandJob
+from convservice.bandtransfer import stream_bands
 from convservice.channel import Connection, Endpoint, Tls
 from convservice.convolutions import Convolutions
 from convservice.dtypes import DTypeLike
@@ -30,7 +31,7 @@ from convservice.registered import (
     name_of,
     network_of,
 )
-from convservice.transfer import OnReport, Pipeline, stream_bands
+from convservice.transfer import OnReport, Pipeline
 
 T = TypeVar("T")
 
@@ -159,7 +160,8 @@ class ConvClient(Convolutions[NDArray[Any]]):
             out_dtype: as for `run`.
             precision: as for `run`.
             backend: as for `run`.
-            timeout: seconds for each array from its turn on; None for the client's own.
+            timeout: seconds for each array from its turn on, without the time that the caller takes between
+                results; None for the client's own.
             on_report: is given each array's report, before its result comes out.
 
         Returns:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from convservice.arrays import AXES, Options, as_array, as_bare_input, as_input
+from convservice.arrays import AXES, Options, as_bare_input, as_input
 from convservice.bands import DataFormat
 from convservice.channel import Endpoint, check_timeout
 from convservice.dtypes import DTypeLike
@@ -23,6 +23,7 @@ from convservice.jobs import Job
 from convservice.layers import Activation, Conv
 from convservice.network import Network
 from convservice.progress import ProgressLike
+from convservice.tensors import as_array
 from convservice.transfer import OnReport
 
 R = TypeVar("R")

@@ -31,7 +31,10 @@ DOMAIN = "convservice.v1"
 
 
 class Reason(StrEnum):
-    """Stable names of what went wrong, for programs; listed in the contract at `TensorError`."""
+    """Stable names of what went wrong, for programs; listed in the contract at `TensorError`.
+
+    `UNREACHABLE` is not among those: clients alone raise it, where gRPC itself says UNAVAILABLE.
+    """
 
     INVALID_SHAPE = "INVALID_SHAPE"
     DATA_TYPE_MISMATCH = "DATA_TYPE_MISMATCH"
@@ -64,6 +67,7 @@ class Reason(StrEnum):
     CANCELLED = "CANCELLED"
     DRAINING = "DRAINING"
     IDLE = "IDLE"
+    UNREACHABLE = "UNREACHABLE"
     INTERNAL = "INTERNAL"
 
 

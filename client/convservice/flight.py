@@ -63,4 +63,12 @@ class Flight:
 def numbered(jobs: Iterator[Job]) -> Iterator[Job]:
     """The jobs with ids 1, 2, ... as a stream wants them."""
     for number, job in enumerate(jobs, 1):
-        yield replace(job, request=replace(job.request, tensor_id=number))
+        yield streamed(job, number)
+
+
+def streamed(job: Job, number: int) -> Job:
+    """The job as a stream wants it: with its id, and without a limit at the server.
+
+    There the time goes on while the user takes their own over the results before; here it does not.
+    """
+    return replace(job, request=replace(job.request, tensor_id=number, timeout_ms=0))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convservice.arrays import Input, Options, result_shapes
+from convservice.arrays import Input, Options, network_dtype, result_shapes
 from convservice.bands import (
     PAYLOAD_BYTES,
     Band,
@@ -92,7 +92,7 @@ class Job:
         small = sample.elements * itemsize <= PAYLOAD_BYTES
         rows = sample.height if small else band_rows_for(sample.row_elements * itemsize, BAND_BYTES)
         spec = TensorSpec(given.dtype, sample, samples, min(rows, sample.height), options.data_format)
-        own = network.dtype(given.dtype)
+        own = network_dtype(network, given.dtype)
         outputs = tuple(
             Output(
                 name, TensorSpec(options.out_dtype or own, shape, samples, shape.height, options.data_format)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from convservice.dtypes import DType, dtype_of
 from convservice.errors import InvalidRequest, NetworkNotFound, Reason
@@ -52,19 +52,12 @@ class Tensor:
         """A tensor with its own copy of `array`, of any layout or byte order.
 
         Raises:
-            InvalidRequest: the dtype is no float type of the service, or a size is zero.
+            InvalidRequest: it is no array, the dtype is no float type of the service, or a size is zero.
         """
         if isinstance(array, Tensor):
             return array
-        given = np.asarray(array)
-        dtype = dtype_of(given.dtype)
-        if not dtype.is_float:
-            raise InvalidRequest(
-                f"{name} has dtype {dtype.name}; filters and thresholds are of a float dtype",
-                reason=Reason.DATA_TYPE_MISMATCH,
-                metadata={"data_type": dtype.name},
-                field=name,
-            )
+        given = as_array(name, array)
+        dtype = _float_dtype(name, given.dtype)
         if 0 in given.shape:
             raise InvalidRequest(
                 f"{name} has shape {given.shape}; every size must be at least 1",
@@ -121,6 +114,49 @@ class Tensor:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def as_array(name: str, value: ArrayLike) -> NDArray[Any]:
+    """`value` as an array.
+
+    Raises:
+        InvalidRequest: `INVALID_SHAPE` for lists of uneven lengths and what else NumPy cannot take;
+            `INVALID_PARAMETER` for a masked array with masked values, since masks do not travel.
+    """
+    given: Any = value
+    if isinstance(value, np.ma.MaskedArray) and given.count() < given.size:
+        count = given.size - given.count()
+        raise InvalidRequest(
+            f"{name} is a masked array, {count} of its {given.size} values are masked, and a mask does not"
+            " travel: fill it first, for example with numpy.ma.filled(array, 0)",
+            reason=Reason.INVALID_PARAMETER,
+            metadata={"name": name, "masked": str(count)},
+            field=name,
+        )
+    try:
+        return np.asarray(given)
+    except (ValueError, TypeError) as exc:
+        raise InvalidRequest(
+            f"{name} is not an array: {exc}", reason=Reason.INVALID_SHAPE, field=name
+        ) from exc
+
+
+def _float_dtype(name: str, given: np.dtype[Any]) -> DType:
+    cure = f"convert it first, for example {name}.astype('float32')"
+    try:
+        dtype = dtype_of(given)
+    except InvalidRequest as exc:
+        raise InvalidRequest(
+            f"{name}: {exc.message}; {cure}", reason=exc.reason, metadata=exc.metadata, field=name
+        ) from exc
+    if not dtype.is_float:
+        raise InvalidRequest(
+            f"{name} has dtype {dtype.name}; filters and thresholds are of a float dtype; {cure}",
+            reason=Reason.DATA_TYPE_MISMATCH,
+            metadata={"data_type": dtype.name},
+            field=name,
+        )
+    return dtype
 
 
 def as_bytes(array: NDArray[Any]) -> memoryview:

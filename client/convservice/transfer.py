@@ -1,20 +1,19 @@
-"""The sync client's streams: whole tensors one after another, and one tensor band by band.
+"""The sync client's whole tensors, one after another over one stream.
 
-Both are given a `Connection` and what to send. gRPC takes the requests in a thread of its own, from the
-start of the call; the answers are read in the caller's thread, so that neither waits for the other. The
-books are kept by `jobs` and `bandstream`; here are the thread, the locks and the reconnecting.
+Given a `Connection` and jobs, `Pipeline` hands on their results in order. gRPC takes the requests in a
+thread of its own, from the start of the call; the answers are read in the caller's thread, so that neither
+waits for the other. The books are kept by `jobs` and `flight`; here are the thread, the locks and the
+reconnecting.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from convservice.bands import Band
-from convservice.bandstream import BandJob, BandReader, BandWriter
 from convservice.channel import Connection
 from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason, ServiceUnavailable
 from convservice.flight import Flight
@@ -38,13 +37,14 @@ OnReport = Callable[[TensorReport], None] | None
 class Pipeline:
     """Whole tensors through one stream: written ahead within `Flight`'s bound, results in order.
 
-    A connection that is lost is opened anew, and what was not delivered is sent again. An error of the
-    jobs' own iterator comes out after the results of the jobs before it.
+    A connection that is lost is opened anew once there is something to send, and what was not delivered is
+    sent again. An error of the jobs' own iterator comes out after the results of the jobs before it.
 
     Args:
         connection: to the server.
         register: sends a network there, for a server that lacks it.
-        jobs: numbered 1, 2, ...; taken as there is room in flight, in gRPC's thread.
+        jobs: numbered 1, 2, ...; taken as there is room in flight, in gRPC's thread, or in the caller's
+            while there is no connection.
         timeout: seconds that each tensor may take, from its turn on; None for no limit.
         meter: is told of every byte.
         on_report: is given each tensor's report before its result is handed on.
@@ -101,9 +101,11 @@ class Pipeline:
                 self._drop_call()
                 if self._fatal is not None:
                     raise self._fatal from None
+                if isinstance(exc, ServiceUnavailable) and self._nothing_to_send():
+                    if self._job_comes():
+                        continue
+                    return None
                 job = self._flight.oldest
-                if job is None and exc.reason == Reason.IDLE:
-                    continue  # the server has waited long enough for the next job; it is still to come
                 if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
                     time.sleep(BACKOFF[failures])
                     failures += 1
@@ -112,6 +114,16 @@ class Pipeline:
                     raise
                 self._register(job.network)
                 registered = True
+
+    def _nothing_to_send(self) -> bool:
+        """Whether a lost connection matters to no job; the call must have been dropped."""
+        return not len(self._flight) and self._pulled is None
+
+    def _job_comes(self) -> bool:
+        """Waits for the next job, which the last call's thread may be taking; false where there is none."""
+        with self._pulling:
+            self._pull()
+            return self._pulled is not None
 
     def _attempt(self) -> Collector | None:
         call = self._call or self._open_call()
@@ -161,7 +173,7 @@ class Pipeline:
                 raise self._fatal
             self._flight.lose()
             call = self._call = self._connection.stream(self._requests(self._generation), None)
-            self._answers = self._connection.answers(call)
+            self._answers = self._connection.answers(call, None)
         call.add_callback(self._wake)
         return call
 
@@ -196,7 +208,9 @@ class Pipeline:
                 for message in job.messages():
                     yield message
                     self._meter.sent(len(message.payload.data))
-        except Exception as exc:  # noqa: BLE001 - raised again in the caller's thread
+        except GeneratorExit:  # gRPC has ended the call
+            raise
+        except BaseException as exc:  # noqa: BLE001 - raised again in the caller's thread
             self._fail(exc)
 
     def _next_job(self, generation: int) -> Job | None:
@@ -244,68 +258,13 @@ class Pipeline:
         self._fail(timed_out(self._timeout or 0.0, self._connection.target))
 
 
-def stream_bands(
-    connection: Connection,
-    job: BandJob,
-    bands: Iterable[Any],
-    *,
-    timeout: float | None,
-    meter: Meter,
-    on_report: OnReport,
-) -> Iterator[Band]:
-    """One tensor band by band: the results' bands as they come. Leaving early cancels the call.
-
-    Raises:
-        ServiceUnavailable: the connection was lost; the metadata says how far the results had come.
-    """
-    reader = BandReader(job, connection.target)
-    failed: list[BaseException] = []
-    call: Any = None
-
-    def requests() -> Iterator[pb.ConvolveStreamRequest]:
-        try:
-            for message in band_messages(job, bands):
-                yield message
-                meter.sent(len(message.payload.data))
-        except Exception as exc:  # noqa: BLE001 - raised again in the caller's thread
-            failed.append(exc)
-            started.wait()
-            call.cancel()
-
-    started = threading.Event()
-    call = connection.stream(requests(), timeout)
-    started.set()
-    try:
-        for message in connection.answers(call):
-            meter.received(len(message.payload.data))
-            yield from reader.receive(message)
-        if reader.report is None:
-            raise unanswered(connection.target)
-    except ConvServiceError as exc:
-        if failed:
-            raise failed[0] from None
-        if isinstance(exc, ServiceUnavailable):
-            raise reader.interrupted(exc) from exc.__cause__
-        raise
-    finally:
-        call.cancel()
-    if on_report is not None:
-        on_report(reader.report)
-
-
-def band_messages(job: BandJob, bands: Iterable[Any]) -> Iterator[pb.ConvolveStreamRequest]:
-    """All messages of a band job, as the bands come."""
-    writer = BandWriter(job)
-    yield writer.header()
-    for band in bands:
-        yield from writer.add(band)
-    yield from writer.end()
-
-
 def unanswered(target: str) -> ServiceUnavailable:
     """A stream that ended well, but too early."""
     return ServiceUnavailable(
-        "the server ended the stream before it had answered every tensor", target=target, method=METHOD
+        "the server ended the stream before it had answered every tensor",
+        reason=Reason.UNREACHABLE,
+        target=target,
+        method=METHOD,
     )
 
 

@@ -249,6 +249,22 @@ def refuse(context: grpc.ServicerContext, error: ConvServiceError) -> NoReturn:
     raise AssertionError("abort raises")
 
 
+class Refused(grpc.RpcError):
+    """An error as gRPC raises it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
+        self._code, self._details, self._trailing = code, details, trailing
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> Any:
+        return self._trailing
+
+
 def hang(
     fake: FakeService, requests: Iterator[pb.ConvolveStreamRequest], context: grpc.ServicerContext
 ) -> Iterator[pb.ConvolveStreamResponse]:
@@ -260,13 +276,15 @@ def hang(
 
 
 def serve_then_break(tensors: int) -> Script:
-    """A script that serves so many tensors and then breaks the connection."""
+    """A script that serves so many tensors, or takes the first message, and then breaks the connection."""
 
     def script(
         fake: FakeService, requests: Iterator[pb.ConvolveStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.ConvolveStreamResponse]:
         if tensors:
             yield from fake.serve(requests, tensors)
+        else:
+            next(requests)
         context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 
     return script

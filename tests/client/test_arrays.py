@@ -47,13 +47,32 @@ W = np.zeros((4, 3, 3, 3), "float32")
         (X, W, {"backend": ""}, "backend must be a backend's name"),
         (X, W, {"timeout": float("nan")}, "timeout must be seconds above 0"),
         (X, W, {"out_dtype": "int32"}, "dtype int32 is not supported"),
-        (X.astype("float64"), W, {}, "x is float64 and weight is float32; they must share a float dtype"),
+        (
+            X.astype("float64"),
+            W,
+            {},
+            r"x is float64 and weight is float32; .* x.astype\('float32'\)",
+        ),
+        (X, W.astype("float64"), {}, r"convert one, for example weight.astype\('float32'\)"),
+        (X, W.astype("float16"), {}, r"convert one, for example weight.astype\('float32'\)"),
+        (X[0, 0], [[0.0, 1.0]], {}, r"x is float32 and weight is float64; .*weight.astype\('float32'\)"),
         (X.astype("float64"), W, {"out_dtype": "float64"}, "x is float64 and weight is float32"),
         (X.astype("int64"), W, {}, r"x: dtype int64 is not supported.*x.astype\('float32'\)"),
         (X.astype(bool), W, {}, "x: dtype bool is not supported"),
         (X.astype(complex), W, {}, "x: dtype complex128 is not supported"),
         ([["a"]], W[0, 0], {}, "dtype"),
-        (X, W.astype("uint8"), {}, "filters and thresholds are of a float dtype"),
+        (X, W.astype("uint8"), {}, r"filters .* are of a float dtype; .*weight.astype\('float32'\)"),
+        (X, W.astype("int64"), {}, r"weight: dtype int64 is not .*; .*weight.astype\('float32'\)"),
+        (X[0, 0], [[0, 1], [1, 0]], {}, r"weight: dtype int64 is not .*; .*weight.astype\('float32'\)"),
+        (X, W, {"bias": [1, 2, 3, 4]}, r"bias: dtype int64 is not .*; .*bias.astype\('float32'\)"),
+        (
+            np.ma.masked_equal([[1.0, 2.0]], 2),
+            W[0, 0],
+            {},
+            "x is a masked array, 1 of its 2 values",
+        ),
+        (X, np.ma.masked_less(W, 1), {}, "weight is a masked array, 108 of its 108 values are masked"),
+        (X, W, {"bias": np.ma.masked_less(W[:, 0, 0, 0], 1)}, "bias is a masked array"),
         (X[..., :0], W, {}, r"channels and spatial sizes must be at least 1, the input has \(2, 3, 8, 0\)"),
         (X, W[:, :, :0], {}, "weight has shape .* every size must be at least 1"),
         (X, [[1.0, float("nan")], [2.0]], {}, "weight"),
@@ -134,6 +153,15 @@ def test_any_layout_is_taken_and_left_alone(
     assert found.flags.c_contiguous
     assert found.flags.writeable
     assert np.array_equal(np.asarray(given), before)
+
+
+def test_a_masked_array_with_nothing_masked_is_an_array(client: ConvClient) -> None:
+    assert not client.run(relu(), np.ma.masked_greater(X, 1)).any()
+
+
+def test_an_announced_dtype_that_the_weights_do_not_share(client: ConvClient) -> None:
+    with pytest.raises(InvalidRequest, match=r"for example weight.astype\('float16'\)"):
+        client.stream(Network([Conv(W)]), [], shape=(3, None, 9), dtype="float16")
 
 
 def test_an_empty_batch_gives_an_empty_result(client: ConvClient) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -27,10 +27,11 @@ from convservice import (
     ServiceUnavailable,
     TensorReport,
 )
+from convservice.aio_channel import AsyncConnection
 from convservice.exchange import tensor_error
 from tests.client.fake import REPORT, FakeServer, FakeService, hang, refuse, relu, serve_then_break
 from tests.client.test_calls import LARGE
-from tests.client.test_map import arrays, opened
+from tests.client.test_map import arrays, limits, opened
 
 X = np.random.default_rng(3).normal(size=(3, 50, 7)).astype("float32")
 LARGE_X = np.random.default_rng(4).normal(size=(1, 3, 400, 500)).astype("float32")
@@ -160,6 +161,30 @@ def test_an_error_of_the_source_comes_after_the_results_before_it(client: AsyncC
     run(work(), client)
 
 
+class Abandoned(BaseException):
+    """An exception that is no `Exception`."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Abandoned, asyncio.CancelledError])
+@pytest.mark.parametrize("call", ["map", "stream"])
+def test_what_ends_the_source_comes_out_whatever_its_kind(
+    client: AsyncConvClient, call: str, kind: type[BaseException]
+) -> None:
+    async def interrupted() -> AsyncIterator[Any]:
+        yield X[:, :10]
+        raise kind
+
+    async def work() -> None:
+        if call == "map":
+            results: Any = client.map(relu(), interrupted())
+        else:
+            results = client.stream(relu(), interrupted(), shape=X.shape, dtype="float32")
+        with pytest.raises(kind):
+            await collect(results, [])
+
+    run(work(), client)
+
+
 async def collect(results: AsyncIterator[Any], into: list[Any]) -> None:
     async for result in results:
         into.append(result)  # noqa: PERF401 - what came before an error is kept
@@ -191,21 +216,75 @@ def test_a_server_that_will_not_wait_for_the_source_is_no_failure(
         refuse(context, ServiceUnavailable("nothing came", reason=Reason.IDLE))
 
     async def work() -> None:
-        patient = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def at_last(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
-            loop.call_soon_threadsafe(patient.set)
-            yield from fake.serve(requests)
-
         async def slowly() -> AsyncIterator[Any]:
-            await asyncio.wait_for(patient.wait(), 30)
+            assert await asyncio.to_thread(fake.cancelled.wait, 30)
             yield X[None]
 
-        fake.scripts.extend([*[impatient] * 9, at_last])
+        fake.scripts.append(impatient)
         assert len([result async for result in client.map(relu(), slowly(), timeout=60)]) == 1
 
     run(work(), client)
+    assert fake.streams == 2
+
+
+class DeadStream:
+    """A call to a server that is away."""
+
+    over = True
+
+    def when_over(self, callback: Callable[[], None]) -> None:
+        callback()
+
+    async def write(self, message: object) -> bool:
+        return False
+
+    async def answer(self) -> None:
+        raise ServiceUnavailable("the server is away")
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_a_server_that_is_away_while_nothing_is_to_be_sent_is_no_failure(
+    client: AsyncConvClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost connection is opened anew once the source has given the next array, and not before."""
+    calls: list[bool] = []
+    source: list[Any] = []
+    stream = AsyncConnection.stream
+
+    def away(connection: AsyncConnection, timeout: float | None) -> Any:
+        calls.append(bool(source))
+        return stream(connection, timeout) if source else DeadStream()
+
+    async def slowly() -> AsyncIterator[Any]:
+        source.append(X[None])
+        yield source[0]
+
+    async def work() -> None:
+        assert len([result async for result in client.map(relu(), slowly())]) == 1
+
+    monkeypatch.setattr(AsyncConnection, "stream", away)
+    run(work(), client)
+    assert calls == [False, True]
+
+
+def test_an_array_at_hand_makes_a_server_that_is_away_a_failure(
+    client: AsyncConvClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[DeadStream] = []
+
+    def away(*_: object) -> DeadStream:
+        calls.append(DeadStream())
+        return calls[-1]
+
+    async def work() -> None:
+        with pytest.raises(ServiceUnavailable, match="the server is away"):
+            await collect(client.map(relu(), arrays(3)), [])
+
+    monkeypatch.setattr(AsyncConnection, "stream", away)
+    run(work(), client)
+    assert len(calls) == 5  # the first, with nothing to send yet, does not count
 
 
 def test_a_server_that_restarts_in_between(fake_server: FakeServer, client: AsyncConvClient) -> None:
@@ -233,14 +312,25 @@ def test_a_server_that_lacks_the_network_is_sent_it(fake: FakeService, client: A
     run(work(), client)
 
 
+def test_the_limit_is_kept_here_and_not_at_the_server(fake: FakeService, client: AsyncConvClient) -> None:
+    """The server's clock would go on while the caller takes time over the results before."""
+
+    async def work() -> None:
+        await collect(client.map(relu(), arrays(3), timeout=60), [])
+        await client.run(relu(), LARGE_X, timeout=60)
+
+    run(work(), client)
+    assert limits(fake) == [0] * 4
+
+
 def test_time_outs(fake: FakeService, client: AsyncConvClient) -> None:
     async def work() -> None:
         fake.scripts.extend([hang] * 3)
         with pytest.raises(DeadlineExceeded, match="not complete after"):
             await collect(client.map(relu(), arrays(3), timeout=0.2), [])
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match=r"not complete after 0\.2 s"):
             await client.run(relu(), LARGE_X, timeout=0.2)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match=r"within the call's time limit of 0\.2 s: ."):
             await collect(client.stream(relu(), bands(), shape=X.shape, dtype="float32", timeout=0.2), [])
 
     run(work(), client)

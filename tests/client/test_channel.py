@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,10 +29,11 @@ from convservice import (
     ServiceUnavailable,
     Unauthenticated,
 )
-from convservice.channel import error_of, is_local
+from convservice.channel import is_local
 from convservice.errors import Reason, to_status
+from convservice.rpc_errors import error_of
 from convservice.v1.conv_pb2_grpc import add_ConvServiceServicer_to_server
-from tests.client.fake import FakeServer, FakeService, hang, relu
+from tests.client.fake import FakeServer, FakeService, Refused, hang, relu
 
 CLASSES = {
     grpc.StatusCode.CANCELLED: Cancelled,
@@ -53,28 +55,36 @@ CLASSES = {
 }
 
 
-class Refused(grpc.RpcError):
-    """An error as gRPC raises it."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
-        self._code, self._details, self._trailing = code, details, trailing
-
-    def code(self) -> grpc.StatusCode:
-        return self._code
-
-    def details(self) -> str:
-        return self._details
-
-    def trailing_metadata(self) -> Any:
-        return self._trailing
-
-
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_every_status_code_is_an_error_of_the_service(code: grpc.StatusCode) -> None:
     error = error_of(Refused(code, "why"), "host:1", "Convolve")
     assert type(error) is CLASSES[code]
     assert "why" in error.message
     assert (error.target, error.method) == ("host:1", "Convolve")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "message"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, Reason.UNREACHABLE, "the server at host:1 cannot be reached.*: why"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE, r"not done within .* time limit of 2\.5 s: why"),
+        (grpc.StatusCode.CANCELLED, Reason.CANCELLED, "why"),
+    ],
+)
+def test_an_error_of_grpcs_own_has_a_reason(code: grpc.StatusCode, reason: Reason, message: str) -> None:
+    error = error_of(Refused(code, "why"), "host:1", "Convolve", 2.5)
+    assert error.reason == reason
+    assert re.fullmatch(message, error.message)
+
+
+def test_a_deadline_names_the_limit_where_it_is_known() -> None:
+    refused = Refused(grpc.StatusCode.DEADLINE_EXCEEDED, "why")
+    known = error_of(refused, "host:1", "Convolve", 0.9999998)
+    assert known.message == "not done within the call's time limit of 1 s: why"
+    assert known.metadata == {"timeout_s": "1"}
+    unknown = error_of(refused, "host:1", "Convolve")
+    assert unknown.message == "not done within the call's time limit: why"
+    assert unknown.metadata == {}
 
 
 @pytest.mark.parametrize("trailing", [None, (), (("grpc-status-details-bin", b"\xff\xff"),)])
@@ -110,6 +120,7 @@ def test_a_server_that_is_not_there_is_unavailable_after_retries() -> None:
     ):
         client.info()
     assert isinstance(c.value, ConnectionError)
+    assert c.value.reason == Reason.UNREACHABLE
 
 
 def test_another_service_is_named(fake_server: FakeServer) -> None:
@@ -144,9 +155,10 @@ def test_deleting_is_not_retried(fake: FakeService, client: ConvClient) -> None:
 
 def test_a_deadline_that_passes(fake: FakeService, client: ConvClient) -> None:
     fake.scripts.append(hang)
-    with pytest.raises(DeadlineExceeded) as caught:
+    with pytest.raises(DeadlineExceeded, match=r"within the call's time limit of 0\.2 s: .") as caught:
         list(client.stream(relu(), iter([]), shape=(1, None, 3), dtype="float32", timeout=0.2))
     assert isinstance(caught.value, TimeoutError)
+    assert caught.value.reason == Reason.DEADLINE
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "1", True])

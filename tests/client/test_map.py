@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from convservice import (
     InvalidRequest,
     Network,
     NetworkNotFound,
+    Progress,
     Reason,
     ServiceUnavailable,
     TensorReport,
@@ -32,7 +34,7 @@ from convservice.jobs import Job
 from convservice.progress import Meter
 from convservice.transfer import Pipeline
 from convservice.v1 import conv_pb2 as pb
-from tests.client.fake import FakeServer, FakeService, hang, refuse, relu, serve_then_break
+from tests.client.fake import FakeServer, FakeService, Refused, hang, refuse, relu, serve_then_break
 
 
 def arrays(count: int, size: int = 5) -> Iterator[Any]:
@@ -41,14 +43,20 @@ def arrays(count: int, size: int = 5) -> Iterator[Any]:
         yield np.full((1, 1, size + number % 3, 4), number, "float32")
 
 
+def headers(fake: FakeService) -> list[pb.TensorHeader]:
+    """The headers of the tensors opened so far, in order."""
+    messages = [m for _, m in fake.requests if isinstance(m, pb.ConvolveStreamRequest)]
+    return [m.header for m in messages if m.HasField("header")]
+
+
 def opened(fake: FakeService) -> list[int]:
     """The ids of the tensors opened so far, in order."""
-    messages = [m for name, m in fake.requests if name == "ConvolveStream"]
-    return [
-        m.header.tensor_id
-        for m in messages
-        if isinstance(m, pb.ConvolveStreamRequest) and m.HasField("header")
-    ]
+    return [header.tensor_id for header in headers(fake)]
+
+
+def limits(fake: FakeService) -> list[int]:
+    """The time limits that the server was told, in milliseconds; 0 for none."""
+    return [header.timeout_ms for header in headers(fake)]
 
 
 def test_results_come_in_order_over_one_stream(fake: FakeService, client: ConvClient) -> None:
@@ -126,6 +134,20 @@ def test_an_error_of_the_iterable_comes_after_the_results_before_it(client: Conv
         next(results)
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_ends_the_iterable_comes_out_whatever_its_kind(
+    client: ConvClient, kind: type[BaseException]
+) -> None:
+    def interrupted() -> Iterator[Any]:
+        yield from arrays(3)
+        raise kind
+
+    results = client.map(relu(), interrupted())
+    assert len(list(itertools.islice(results, 3))) == 3
+    with pytest.raises(kind):
+        next(results)
+
+
 def test_an_array_that_does_not_fit_comes_after_the_results_before_it(client: ConvClient) -> None:
     results = client.map(relu(), [*arrays(2), np.zeros(3, "float32")])
     assert len(list(itertools.islice(results, 2))) == 2
@@ -162,42 +184,97 @@ def test_a_large_run_survives_a_lost_connection(fake: FakeService, client: ConvC
     assert fake.streams == 2
 
 
-def test_a_connection_lost_between_two_arrays_is_opened_anew_at_once(
-    fake: FakeService, client: ConvClient
-) -> None:
-    reopened = threading.Event()
-
-    def again(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
-        reopened.set()
-        yield from fake.serve(requests)
-
+def test_a_connection_lost_between_two_arrays_is_opened_anew(fake: FakeService, client: ConvClient) -> None:
     def slowly() -> Iterator[Any]:
         yield np.ones((1, 1, 4, 4), "float32")
-        assert reopened.wait(30)
+        assert fake.cancelled.wait(30)
         yield np.ones((1, 1, 4, 4), "float32")
 
-    fake.scripts.extend([serve_then_break(1), again])
+    fake.scripts.append(serve_then_break(1))
     assert len(list(client.map(relu(), slowly()))) == 2
+    assert fake.streams == 2
+
+
+def test_a_connection_lost_after_the_last_array_matters_to_nobody(
+    fake: FakeService, client: ConvClient
+) -> None:
+    def slowly() -> Iterator[Any]:
+        yield np.ones((1, 1, 4, 4), "float32")
+        assert fake.cancelled.wait(30)
+
+    fake.scripts.append(serve_then_break(1))
+    assert len(list(client.map(relu(), slowly()))) == 1
+    assert fake.streams == 1
 
 
 def test_a_server_that_will_not_wait_for_the_iterable_is_no_failure(
     fake: FakeService, client: ConvClient
 ) -> None:
-    patient = threading.Event()
-
     def impatient(fake: FakeService, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         refuse(context, ServiceUnavailable("nothing came", reason=Reason.IDLE))
 
-    def at_last(fake: FakeService, requests: Iterator[Any], context: object) -> Iterator[Any]:
-        patient.set()
-        yield from fake.serve(requests)
+    def slowly() -> Iterator[Any]:
+        for _ in range(9):
+            assert fake.cancelled.wait(30)
+            fake.cancelled.clear()
+            fake.scripts.append(impatient)
+            yield np.ones((1, 1, 4, 4), "float32")
+
+    fake.scripts.append(impatient)
+    results = client.map(relu(), slowly())
+    assert len(list(itertools.islice(results, 1))) == 1
+
+
+class DeadCall:
+    """A call to a server that is away; its requests are never taken."""
+
+    def is_active(self) -> bool:
+        return False
+
+    def add_callback(self, callback: Callable[[], None]) -> None:
+        callback()
+
+    def cancel(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        raise Refused(grpc.StatusCode.UNAVAILABLE, "the server is away")
+
+
+def test_a_server_that_is_away_while_nothing_is_to_be_sent_is_no_failure(
+    client: ConvClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost connection is opened anew once the iterable has given the next array, and not before."""
+    opened_calls: list[bool] = []
+    back = threading.Event()
+    stream = Connection.stream
+
+    def away(connection: Connection, requests: Iterator[Any], timeout: float | None) -> Any:
+        opened_calls.append(back.is_set())
+        return stream(connection, requests, timeout) if back.is_set() else DeadCall()
 
     def slowly() -> Iterator[Any]:
-        assert patient.wait(30)
+        back.set()
         yield np.ones((1, 1, 4, 4), "float32")
 
-    fake.scripts.extend([*[impatient] * 9, at_last])
+    monkeypatch.setattr(Connection, "stream", away)
     assert len(list(client.map(relu(), slowly()))) == 1
+    assert opened_calls == [False, True]
+
+
+def test_an_array_at_hand_makes_a_server_that_is_away_a_failure(
+    client: ConvClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[DeadCall] = []
+
+    def away(*_: object) -> DeadCall:
+        calls.append(DeadCall())
+        return calls[-1]
+
+    monkeypatch.setattr(Connection, "stream", away)
+    with pytest.raises(ServiceUnavailable, match="the server is away"):
+        list(client.map(relu(), arrays(3)))
+    assert len(calls) == 5  # the first, with nothing to send yet, does not count
 
 
 def test_a_few_lost_connections_without_a_result_are_enough(fake: FakeService, client: ConvClient) -> None:
@@ -245,6 +322,34 @@ def test_a_tensor_that_takes_too_long(fake: FakeService, client: ConvClient) -> 
     fake.scripts.append(hang)
     with pytest.raises(DeadlineExceeded, match=r"not complete after 0\.2 s"):
         list(client.map(relu(), arrays(3), timeout=0.2))
+
+
+def test_a_large_run_that_takes_too_long(fake: FakeService, client: ConvClient) -> None:
+    fake.scripts.append(hang)
+    with pytest.raises(DeadlineExceeded, match=r"not complete after 0\.2 s"):
+        client.run(relu(), np.zeros((1, 3, 400, 500), "float32"), timeout=0.2)
+    assert fake.cancelled.wait(30)
+
+
+def test_the_limit_is_kept_here_and_not_at_the_server(fake: FakeService, client: ConvClient) -> None:
+    """The server's clock would go on while the caller takes time over the results before."""
+    for _ in client.map(relu(), arrays(3), timeout=60):
+        pass
+    client.run(relu(), np.zeros((1, 3, 400, 500), "float32"), timeout=60)
+    assert limits(fake) == [0] * 4
+
+
+def test_an_interrupt_while_sending_comes_out(fake: FakeService, client: ConvClient) -> None:
+    caller = threading.current_thread()
+
+    def interrupted(now: Progress) -> None:
+        if threading.current_thread() is not caller:
+            raise KeyboardInterrupt
+
+    fake.scripts.append(hang)
+    with pytest.raises(KeyboardInterrupt):
+        client.run(relu(), np.zeros((1, 3, 400, 500), "float32"), progress=interrupted)
+    assert fake.cancelled.wait(30)
 
 
 def test_waiting_for_the_iterable_is_not_the_servers_time(client: ConvClient) -> None:

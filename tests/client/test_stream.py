@@ -172,6 +172,23 @@ def test_an_error_of_the_bands_comes_out_as_it_is(fake: FakeService, client: Con
     assert fake.cancelled.wait(30)
 
 
+class Abandoned(BaseException):
+    """An exception that is no `Exception`."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, Abandoned])
+def test_what_ends_the_bands_comes_out_whatever_its_kind(
+    fake: FakeService, client: ConvClient, kind: type[BaseException]
+) -> None:
+    def interrupted() -> Iterator[Any]:
+        yield X[:, :10]
+        raise kind
+
+    with pytest.raises(kind):
+        list(client.stream(relu(), interrupted(), shape=SHAPE, dtype="float32"))
+    assert fake.cancelled.wait(30)
+
+
 def leave_by_closing(results: Any) -> None:
     next(results)
     results.close()
