@@ -143,7 +143,7 @@ def plan_session(
         node.id: planning.node(node, tuple(consumers.get(node.id, ())), operators[node.id]) for node in needed
     }
     block_rows = {name: plan.blocks.rows for name, plan in nodes.items()}
-    whole = all(plan.out.rows is not None and plan.blocks.rows == plan.out.rows for plan in nodes.values())
+    whole = planning.is_whole(nodes)
     stack = planning.stack(nodes) if whole else 1
     scratch = max(plan.blocks.scratch_bytes for plan in nodes.values())
     temporary = max(plan.blocks.temporary_bytes for plan in nodes.values())
@@ -182,12 +182,15 @@ class _Planning:
         self.dtype = network.dtype(spec.dtype)
         self.result = out_dtype or self.dtype
         self.shapes = network.shapes(spec.sample)
+        self.outputs: dict[str, list[str]] = {}
+        for name, target in network.outputs.items():
+            self.outputs.setdefault(target, []).append(name)
 
     def node(self, node: Node, consumers: tuple[str, ...], operator: Planner) -> NodePlan:
         """The plan of one node."""
         source = node.inputs[0]
         given, out = self.shapes[source], self.shapes[node.id]
-        outputs = tuple(name for name, target in self.network.outputs.items() if target == node.id)
+        outputs = tuple(self.outputs.get(node.id, ()))
         given_dtype = self.spec.dtype if source == INPUT else self.dtype
         out_dtype = self._stored(bool(outputs), bool(consumers))
         blocks = operator.block_plan(given, out)
@@ -229,6 +232,13 @@ class _Planning:
             return self.result
         return self.dtype.accumulator
 
+    def is_whole(self, nodes: Mapping[str, NodePlan]) -> bool:
+        """Whether a sample is one block in every node, and small enough to be collected first."""
+        rows = self.spec.sample.rows
+        if rows is None or rows * self.spec.row_bytes > self.run_bytes:
+            return False
+        return all(plan.blocks.rows == plan.out.rows for plan in nodes.values())
+
     def stack(self, nodes: Mapping[str, NodePlan]) -> int:
         """Samples computed together: those whose maps fit a run."""
         sample = self.spec.sample.elements * self.spec.dtype.itemsize
@@ -238,12 +248,14 @@ class _Planning:
     def results(self, block_rows: Mapping[str, int], whole: bool) -> tuple[ResultSpec, ...]:
         """What is announced of every output."""
         spec, found = self.spec, list[ResultSpec]()
+        needed: dict[str, int] = {}
         for index, (name, target) in enumerate(self.network.outputs.items()):
+            if target not in needed:
+                first = self.network.input_rows_needed(target, 1, self.shapes, block_rows)
+                needed[target] = spec.sample.height if whole else first
             rows = block_rows[target]
-            first = self.network.input_rows_needed(target, 1, self.shapes, block_rows)
             result = TensorSpec(self.result, self.shapes[target], spec.samples, rows, spec.data_format)
-            needed = spec.sample.height if whole else first
-            found.append(ResultSpec(index, name, result, rows, needed))
+            found.append(ResultSpec(index, name, result, rows, needed[target]))
         return tuple(found)
 
     def stacked_bytes(self, nodes: Mapping[str, NodePlan], stack: int) -> int:

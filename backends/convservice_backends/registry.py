@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 
 from convservice.errors import BackendUnavailable, Reason
@@ -42,6 +42,17 @@ class Status:
     description: Description | None
 
 
+@dataclass
+class _Place:
+    """A name's backend, or why there is none; neither until it was first asked for."""
+
+    factory: Factory
+    # Guards the fields below, and is held while the backend is constructed, which may take long.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    made: Backend | None = None
+    refused: str = ""
+
+
 class Registry:
     """The backends of one process, each constructed at most once.
 
@@ -51,17 +62,15 @@ class Registry:
     """
 
     def __init__(self, default: str = AUTO, factories: Mapping[str, Factory] | None = None) -> None:
-        self._factories = dict(_installed() if factories is None else factories)
+        found = _installed() if factories is None else factories
+        self._places = {name: _Place(factory) for name, factory in found.items()}
         self._default = default
-        self._lock = threading.Lock()  # guards _made and _refused, and makes construction happen once
-        self._made: dict[str, Backend] = {}
-        self._refused: dict[str, str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name known, in the order of preference."""
-        known = [name for name in PREFERENCE if name in self._factories]
-        return (*known, *sorted(set(self._factories) - set(known)))
+        known = [name for name in PREFERENCE if name in self._places]
+        return (*known, *sorted(set(self._places) - set(known)))
 
     def resolve(self, name: str = "") -> Backend:
         """The backend of that name; of the default's for an empty name or `"auto"`.
@@ -72,12 +81,13 @@ class Registry:
         wanted = name or self._default
         if wanted != AUTO:
             return self._get(wanted)
+        refused: dict[str, str] = {}
         for candidate in self.names:
             try:
                 return self._get(candidate)
-            except BackendUnavailable:
-                continue
-        reasons = "; ".join(f"{known}: {reason}" for known, reason in sorted(self._refused.items()))
+            except BackendUnavailable as exc:
+                refused[candidate] = exc.message
+        reasons = "; ".join(f"{known}: {reason}" for known, reason in sorted(refused.items()))
         raise BackendUnavailable(
             f"no backend can run here: {reasons or 'none is installed'}",
             reason=Reason.BACKEND_UNAVAILABLE,
@@ -99,45 +109,44 @@ class Registry:
 
     def close(self) -> None:
         """Closes every backend that was constructed."""
-        with self._lock:
-            made, self._made = self._made, {}
-        for backend in made.values():
-            backend.close()
+        for place in self._places.values():
+            with place.lock:
+                made, place.made = place.made, None
+            if made is not None:
+                made.close()
 
     def _get(self, name: str) -> Backend:
-        with self._lock:
-            if name in self._made:
-                return self._made[name]
-            if name not in self._refused:
-                backend = self._construct(name)
-                if backend is not None:
-                    return backend
-            reason = self._refused[name]
-        raise BackendUnavailable(
-            reason,
+        place = self._places.get(name)
+        if place is None:
+            raise self._unavailable(
+                name, f"there is no backend {name!r}; known are {', '.join(self.names) or 'none'}"
+            )
+        with place.lock:
+            if place.made is None and not place.refused:
+                _construct(name, place)
+            if place.made is None:
+                raise self._unavailable(name, place.refused)
+            return place.made
+
+    def _unavailable(self, name: str, why: str) -> BackendUnavailable:
+        return BackendUnavailable(
+            why,
             reason=Reason.BACKEND_UNAVAILABLE,
             metadata={"backend": name, "known": ", ".join(self.names)},
             field="backend",
         )
 
-    def _construct(self, name: str) -> Backend | None:
-        factory = self._factories.get(name)
-        if factory is None:
-            raise BackendUnavailable(
-                f"there is no backend {name!r}; known are {', '.join(self.names) or 'none'}",
-                reason=Reason.BACKEND_UNAVAILABLE,
-                metadata={"backend": name, "known": ", ".join(self.names)},
-                field="backend",
-            )
-        try:
-            self._made[name] = factory()
-        except BackendUnavailable as exc:
-            self._refused[name] = f"backend {name!r} cannot run here: {exc.message}"
-        except Exception as exc:  # noqa: BLE001 - a third party's constructor may raise anything; it is kept as the reason
-            self._refused[name] = f"backend {name!r} cannot run here: {type(exc).__name__}: {exc}"
-        if name in self._refused:
-            log.info("%s", self._refused[name])
-        return self._made.get(name)
+
+def _construct(name: str, place: _Place) -> None:
+    """Makes a place's backend, or notes why it cannot be made; called with the place's lock held."""
+    try:
+        place.made = place.factory()
+    except BackendUnavailable as exc:
+        place.refused = f"backend {name!r} cannot run here: {exc.message}"
+    except Exception as exc:  # noqa: BLE001 - a third party's constructor may raise anything; it is kept as the reason
+        place.refused = f"backend {name!r} cannot run here: {type(exc).__name__}: {exc}"
+    if place.refused:
+        log.info("%s", place.refused)
 
 
 def _installed() -> dict[str, Factory]:

@@ -8,7 +8,7 @@ Samples that are one block in every layer go whole, several at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -48,17 +48,15 @@ class _Session:
     workspace: Workspace
     empty: Empty
     convert: Convert
-
-    def __post_init__(self) -> None:
-        self._sample = 0
-        self._rows = 0
+    _sample: int = field(default=0, init=False)
+    _rows: int = field(default=0, init=False)
 
 
+@dataclass(eq=False)
 class FlowSession(_Session):
     """Rows of one sample after another flow through the stages."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         nodes = self.plan.nodes
         self._stages = {name: Stage(node, self.operators[name], self.empty) for name, node in nodes.items()}
         self._first = [name for name, node in nodes.items() if INPUT in node.node.inputs]

@@ -38,6 +38,9 @@ T = TypeVar("T")
 MAX_MESSAGE_BYTES = 4 << 20
 """gRPC's default limit, said aloud: messages of this contract stay well below it, both ways."""
 
+MOST_SECONDS = 10 * 365 * 86400.0
+"""Time limits from here on are none: gRPC counts in nanoseconds and would overflow."""
+
 RETRIED = ("Convolve", "RegisterNetwork", "GetNetwork", "ListNetworks", "GetServerInfo")
 """Methods that gRPC sends again: those of one message that give the same answer each time."""
 
@@ -153,7 +156,7 @@ def is_local(target: str) -> bool:
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """`timeout` in seconds as a float above 0, or None.
+    """`timeout` in seconds as a float above 0, or None; more than ten years are no limit, and None.
 
     Raises:
         InvalidRequest: `INVALID_PARAMETER` for anything else, NaN and infinity included.
@@ -162,7 +165,7 @@ def check_timeout(timeout: float | None) -> float | None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
         raise _bad("timeout", f"timeout must be seconds above 0, or None for no limit, not {timeout!r}")
-    return float(timeout)
+    return float(timeout) if timeout < MOST_SECONDS else None
 
 
 class Connection:

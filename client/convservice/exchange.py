@@ -161,7 +161,7 @@ class TensorReceiver:
     def _check_open(self, kind: str, tensor_id: int) -> None:
         if self._state is _State.BETWEEN or tensor_id != self.tensor_id:
             state = "none is open" if self._state is _State.BETWEEN else f"{self.tensor_id} is open"
-            raise FramingError(f"a {kind} came for tensor {tensor_id}, but {state}")
+            raise FramingError(f"{kind} came for tensor {tensor_id}, but {state}")
 
 
 class TensorSender:

@@ -101,6 +101,8 @@ class Network:
             if len(node.inputs) != 1:
                 raise _bad(f"{where}: takes 1 input, not {len(node.inputs)}")
             known.add(node.id)
+        if len(self.outputs) > MAX_NODES:
+            raise _bad(f"a network has 1 to {MAX_NODES} outputs, not {len(self.outputs)}")
         for name, target in self.outputs.items():
             if not _NAME.fullmatch(name):
                 raise _bad(f"an output's name is 1 to 64 letters, digits, '_', '-' or '.', not {name!r}")

@@ -13,6 +13,10 @@ Clock = Callable[[], float]
 """Seconds that never go back, such as `time.monotonic`."""
 
 
+class WaitEnded(Exception):
+    """No message came before `Call.wait_until`; what that means is for those to say who set it."""
+
+
 class Call:
     """One call.
 
@@ -21,10 +25,15 @@ class Call:
             is.
         deadline: by `clock`, when the caller stops waiting; None for never.
         clock: tells the time.
+
+    Attributes:
+        wait_until: by `clock`, when a wait for this call's next message ends in `WaitEnded`; None for never.
+            Set by the thread that waits.
     """
 
     def __init__(self, owner: str = "", deadline: float | None = None, clock: Clock = time.monotonic) -> None:
         self.owner = owner
+        self.wait_until: float | None = None
         self._deadline = deadline
         self._clock = clock
         self._given_up = threading.Event()

@@ -48,13 +48,15 @@ class ServerConfig:
         weights_budget_bytes: for all weights together, prepared forms included; a quarter of the memory.
         max_streams: `ConvolveStream` calls served at the same time, each with a worker of its own.
         max_uploads: `PutWeights` calls (and reflection calls) served at the same time, likewise.
-        unary_workers: workers that streams can never take: for unary calls and health.
+        unary_workers: workers that streams can never take: for unary calls. Health has its own.
         max_message_bytes: largest message taken or sent; gRPC's own default, which every client and proxy
             passes.
         max_unary_bytes: largest input and outputs of `Convolve` together.
         max_inline_weight_bytes: largest weights carried inline in one call.
         lease_seconds: for which weights that no network uses are kept.
         idle_timeout: seconds after which a call on which nothing moves is ended.
+        crowd_timeout: seconds after which unary calls whose request has not come are ended where more of them
+            wait than half of `unary_workers`, those that have waited longest first; each takes a worker.
         drain_grace: seconds that running tensors get to finish when the server stops.
         drain_linger: seconds that a stream between two tensors stays open while the server stops.
         log_format: `"text"` or `"json"`, on standard error.
@@ -76,6 +78,7 @@ class ServerConfig:
     max_inline_weight_bytes: int = MIB
     lease_seconds: int = 60
     idle_timeout: float = 60.0
+    crowd_timeout: float = 5.0
     drain_grace: float = 30.0
     drain_linger: float = 1.0
     log_format: str = "text"
@@ -94,12 +97,13 @@ class ServerConfig:
         for name in ("max_streams", "max_uploads", "unary_workers"):
             self._whole(name, 1, 4096)
         self._whole("lease_seconds", 1, 86_400)
-        for name in ("idle_timeout", "drain_grace", "drain_linger"):
+        for name in ("idle_timeout", "crowd_timeout", "drain_grace", "drain_linger"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise _wrong(name, "a number of seconds, at least 0", value)
-        if self.idle_timeout == 0:
-            raise _wrong("idle_timeout", "above 0 seconds", self.idle_timeout)
+        for name in ("idle_timeout", "crowd_timeout"):
+            if getattr(self, name) == 0:
+                raise _wrong(name, "above 0 seconds", getattr(self, name))
         self._one_of("log_format", ("text", "json"))
         self._one_of("log_level", ("debug", "info", "warning", "error"))
         if not self.backend:

@@ -46,15 +46,16 @@ class Host:
         self.watchdog = watchdog
         self.streams = Lane("streams", config.max_streams)
         self.uploads = Lane("uploads and reflection calls", config.max_uploads)
-        self.unary = Lane("unary calls", config.pool_size)
         self._config = config
-        self._changed = threading.Condition()  # guards _calls, _inboxes and _draining
+        self._changed = threading.Condition()  # guards the fields below
         self._calls: set[Call] = set()  # whose last byte has not left yet
+        self._handlers = 0  # that have not returned yet
         self._inboxes: set[Inbox[Any]] = set()
         self._draining = False
 
-    def call_of(self, context: grpc.ServicerContext) -> Call:
-        """The call behind a context: its deadline, and given up when gRPC says so."""
+    @contextmanager
+    def call(self, context: grpc.ServicerContext) -> Generator[Call]:
+        """The call behind a handler's context: its deadline, and given up when gRPC says so."""
         left = context.time_remaining()
         call = Call(deadline=None if left > _FOREVER else time.monotonic() + left)
 
@@ -66,9 +67,15 @@ class Host:
 
         with self._changed:
             self._calls.add(call)
-        if not context.add_callback(ended):
-            ended()
-        return call
+            self._handlers += 1
+        try:
+            if not context.add_callback(ended):
+                ended()
+            yield call
+        finally:
+            with self._changed:
+                self._handlers -= 1
+                self._changed.notify_all()
 
     def give_up(self) -> None:
         """Gives every call up that still runs."""
@@ -87,14 +94,8 @@ class Host:
 
     def wait_idle(self, timeout: float) -> bool:
         """Waits until no call runs and all answers have left; False if that takes over `timeout` seconds."""
-        deadline = time.monotonic() + timeout
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._calls, timeout):
-                return False
-        return all(
-            lane.wait_idle(max(0.0, deadline - time.monotonic()))
-            for lane in (self.streams, self.uploads, self.unary)
-        )
+            return self._changed.wait_for(lambda: not self._calls and not self._handlers, timeout)
 
     @contextmanager
     def inbox(
@@ -141,9 +142,8 @@ class ConvServicer(conv_pb2_grpc.ConvServiceServicer):
     ) -> Iterator[pb.ConvolveStreamResponse]:
         """See the contract."""
         host = self._host
-        call = host.call_of(context)
         try:
-            with host.streams.enter():
+            with host.call(context) as call, host.streams.enter():
                 stream = self._service.open_stream(call)
                 with (
                     host.inbox(request_iterator, call, lambda: stream.between) as inbox,
@@ -160,9 +160,12 @@ class ConvServicer(conv_pb2_grpc.ConvServiceServicer):
     ) -> pb.PutWeightsResponse:
         """See the contract."""
         host = self._host
-        call = host.call_of(context)
         try:
-            with host.uploads.enter(), host.inbox(request_iterator, call, lambda: False) as inbox:
+            with (
+                host.call(context) as call,
+                host.uploads.enter(),
+                host.inbox(request_iterator, call, lambda: False) as inbox,
+            ):
                 return self._service.put_weights(inbox, call)
         except Exception as exc:  # noqa: BLE001 - as above
             abort(context, exc)
@@ -202,8 +205,8 @@ class ConvServicer(conv_pb2_grpc.ConvServiceServicer):
         self, method: Callable[[Request, Call], Response], request: Request, context: grpc.ServicerContext
     ) -> Response:
         try:
-            with self._host.unary.enter():
-                return method(request, self._host.call_of(context))
+            with self._host.call(context) as call:
+                return method(request, call)
         except Exception as exc:  # noqa: BLE001 - as above
             abort(context, exc)
 
@@ -227,9 +230,12 @@ class Reflection:
     ) -> Iterator[reflection_pb2.ServerReflectionResponse]:
         """Answers questions about the services."""
         host = self._host
-        call = host.call_of(context)
         try:
-            with host.uploads.enter(), host.inbox(request_iterator, call, lambda: True) as inbox:
+            with (
+                host.call(context) as call,
+                host.uploads.enter(),
+                host.inbox(request_iterator, call, lambda: True) as inbox,
+            ):
                 for response in self._inner.ServerReflectionInfo(inbox, context):
                     with host.watchdog.watch(context.cancel):
                         yield response

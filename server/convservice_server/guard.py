@@ -2,13 +2,15 @@
 
 gRPC's thread pool waits for a unary call's request without end, and parses requests where a failure cannot be
 answered properly. So `Guard` registers every method, health and reflection included, as one that is given a
-stream of raw requests: a unary call's single request is awaited under the watchdog, and bytes that do not
-parse are INVALID_ARGUMENT with a reason, like every other bad request.
+stream of raw requests: a unary call's single request is awaited under a watchdog, and bytes that do not
+parse are INVALID_ARGUMENT with a reason, like every other bad request. That wait takes a worker; a service
+that must answer however many calls wait is given workers of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import grpc
@@ -27,11 +29,13 @@ class Guard(grpc.ServerInterceptor):
     """Gives every handler its requests.
 
     Args:
-        watchdog: ends calls whose request does not come.
+        arrivals: ends unary calls whose request does not come.
+        pools: workers that services have to themselves, by the service's full name.
     """
 
-    def __init__(self, watchdog: Watchdog) -> None:
-        self._watchdog = watchdog
+    def __init__(self, arrivals: Watchdog, pools: Mapping[str, ThreadPoolExecutor]) -> None:
+        self._arrivals = arrivals
+        self._pools = pools
 
     def intercept_service(
         self,
@@ -50,6 +54,9 @@ class Guard(grpc.ServerInterceptor):
         behavior = _parsed(inner, parse) if handler.request_streaming else self._single(inner, parse)
         if getattr(inner, "experimental_non_blocking", False):
             behavior.experimental_non_blocking = True  # type: ignore[attr-defined] # gRPC looks for it here
+        service = handler_call_details.method.strip("/").partition("/")[0]
+        if service in self._pools:
+            behavior.experimental_thread_pool = self._pools[service]  # type: ignore[attr-defined] # and for this
         make: Any = (
             grpc.stream_stream_rpc_method_handler
             if handler.response_streaming
@@ -60,7 +67,7 @@ class Guard(grpc.ServerInterceptor):
 
     def _single(self, inner: Behavior, parse: Parse) -> Behavior:
         def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, *rest: Any) -> Any:
-            with self._watchdog.watch(context.cancel):
+            with self._arrivals.watch(context.cancel):
                 data = next(requests, None)
             try:
                 if data is None:

@@ -4,7 +4,7 @@ gRPC's request iterator blocks for as long as the peer is silent and cannot be t
 thread of the stream's own waits in it, and hands over one message at a time: it asks for the next only when
 the last one has been taken, so that HTTP/2's window stays the only buffer. `Inbox` is the iterator that the
 stream's handler is given; it ends the stream when nothing comes for too long, or when the server stops and no
-tensor is open.
+tensor is open, and a single wait at the time that its call has set for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
 from convservice.errors import Cancelled, ConvServiceError, Reason, ServiceUnavailable
-from convservice_server.calls import Call
+from convservice_server.calls import Call, WaitEnded
 from convservice_server.faults import draining
 
 T = TypeVar("T")
@@ -76,6 +76,7 @@ class Inbox(Iterator[T], Generic[T]):
             ServiceUnavailable: `IDLE`: none came in time; `DRAINING`: the server stops.
             Cancelled, DeadlineExceeded: the call was given up.
             InvalidRequest: what came is no message.
+            WaitEnded: none came before `Call.wait_until`; the next may still be waited for.
         """
         started = time.monotonic()
         with self._condition:
@@ -96,9 +97,13 @@ class Inbox(Iterator[T], Generic[T]):
         until = started + self._idle_timeout
         if self._drained_at is not None and self._between():
             until = min(until, max(started, self._drained_at) + self._linger)
+        if self._call.wait_until is not None:
+            until = min(until, self._call.wait_until)
         return until
 
-    def _nothing_came(self) -> ConvServiceError:
+    def _nothing_came(self) -> Exception:
+        if self._call.wait_until is not None and time.monotonic() >= self._call.wait_until:
+            return WaitEnded()
         if self._drained_at is not None and self._between():
             return draining()
         return ServiceUnavailable(

@@ -22,13 +22,13 @@ class Lane:
     def __init__(self, kind: str, limit: int) -> None:
         self._kind = kind
         self._limit = limit
-        self._changed = threading.Condition()  # guards _count
+        self._lock = threading.Lock()  # guards _count
         self._count = 0
 
     @property
     def count(self) -> int:
         """Calls that run now."""
-        with self._changed:
+        with self._lock:
             return self._count
 
     @contextmanager
@@ -38,7 +38,7 @@ class Lane:
         Raises:
             ResourceExhausted: `TOO_MANY_STREAMS`: as many run as may.
         """
-        with self._changed:
+        with self._lock:
             if self._count >= self._limit:
                 raise ResourceExhausted(
                     f"at most {self._limit} {self._kind} run at the same time, and as many do",
@@ -50,11 +50,5 @@ class Lane:
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._count -= 1
-                self._changed.notify_all()
-
-    def wait_idle(self, timeout: float) -> bool:
-        """Waits until none runs; False when some still do after `timeout` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._count == 0, timeout)

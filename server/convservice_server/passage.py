@@ -101,6 +101,11 @@ class Passage:
         request: its header.
         call: whose tensor it is.
         carrier: the RPC's name, for the log.
+
+    Attributes:
+        request: its header.
+        meter: what it has taken so far.
+        deadline: by the engine's clock, when its own time is over; None for never.
     """
 
     def __init__(self, engine: Engine, request: TensorRequest, call: Call, carrier: str) -> None:
@@ -109,7 +114,7 @@ class Passage:
         self._engine = engine
         self._call = call
         self._carrier = carrier
-        self._deadline = engine.clock() + request.timeout_ms / 1000 if request.timeout_ms else None
+        self.deadline = engine.clock() + request.timeout_ms / 1000 if request.timeout_ms else None
         self._stack = ExitStack()
         self._backend = request.backend
         self._plan: SessionPlan | None = None
@@ -155,12 +160,16 @@ class Passage:
             DeadlineExceeded: the call's deadline, or the tensor's own time, has passed.
         """
         self._call.check()
-        if self._deadline is not None and self._engine.clock() >= self._deadline:
-            raise DeadlineExceeded(
-                f"the tensor was not done within {self.request.timeout_ms} ms",
-                reason=Reason.DEADLINE,
-                metadata={"timeout_ms": str(self.request.timeout_ms)},
-            )
+        if self.deadline is not None and self._engine.clock() >= self.deadline:
+            raise self.overdue()
+
+    def overdue(self) -> DeadlineExceeded:
+        """What a tensor is told whose own time is over."""
+        return DeadlineExceeded(
+            f"the tensor was not done within {self.request.timeout_ms} ms",
+            reason=Reason.DEADLINE,
+            metadata={"timeout_ms": str(self.request.timeout_ms)},
+        )
 
     def take(self, bands: Iterable[Band]) -> Iterator[Piece]:
         """Takes the next rows and hands on the bytes that can now be computed, all of them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -56,13 +57,19 @@ class Server:
     def __init__(self, config: ServerConfig, registry: Registry | None = None) -> None:
         self.config = config
         self._registry = Registry(config.backend) if registry is None else registry
+        few = config.unary_workers // 2
         self._watchdog = Watchdog(config.idle_timeout)
+        self._arrivals = Watchdog(config.idle_timeout, few, config.crowd_timeout)
         self._host = Host(config, self._watchdog)
         self.service = Service(config, self._registry)
         self._health = health.HealthServicer()
         self._pool = ThreadPoolExecutor(config.pool_size, thread_name_prefix="call")
-        self._grpc = grpc.server(self._pool, interceptors=[Guard(self._watchdog)], options=_options(config))
-        self._stop_lock = threading.Lock()  # guards _stopped, and makes the second caller wait for the first
+        # More than the few silent calls that are let be, so that these do not stop it.
+        self._health_pool = ThreadPoolExecutor(few + 1, thread_name_prefix="health")
+        guard = Guard(self._arrivals, {health.SERVICE_NAME: self._health_pool})
+        self._grpc = grpc.server(self._pool, interceptors=[guard], options=_options(config))
+        self._stop_lock = threading.Lock()  # guards the fields below; a second stop waits for the first
+        self._started = False
         self._stopped = False
         self.port = 0
 
@@ -95,7 +102,10 @@ class Server:
         untyped.add_ServerReflectionServicer_to_server(Reflection(names, self._host), self._grpc)
         self.port = self._bind()
         self._watchdog.__enter__()
+        self._arrivals.__enter__()
         self._grpc.start()
+        with self._stop_lock:
+            self._started = True
         for name in ("", SERVICE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         described = backend.describe()
@@ -119,7 +129,8 @@ class Server:
                 return True
             self._stopped = True
             seconds = self.config.drain_grace if grace is None else grace
-            log.info("draining", extra={"fields": {"grace_s": seconds}})
+            if self._started:
+                log.info("draining", extra={"fields": {"grace_s": seconds}})
             self.service.drain()
             self._host.drain()
             self._health.enter_graceful_shutdown()
@@ -128,9 +139,12 @@ class Server:
                 self._host.give_up()
             self._grpc.stop(_LAST_WORDS if finished else 0).wait()
             self._pool.shutdown()
+            self._health_pool.shutdown()
             self._watchdog.__exit__(None, None, None)
+            self._arrivals.__exit__(None, None, None)
             self._registry.close()
-            log.info("stopped", extra={"fields": {"finished": finished}})
+            if self._started:
+                log.info("stopped", extra={"fields": {"finished": finished}})
             return finished
 
     def wait_idle(self, timeout: float) -> bool:
@@ -138,14 +152,10 @@ class Server:
         return self._host.wait_idle(timeout)
 
     def _bind(self) -> int:
-        host, _ = self.config.address
         try:
-            port = self._grpc.add_insecure_port(self.config.listen)
+            return self._grpc.add_insecure_port(self.config.listen)
         except RuntimeError as exc:
-            raise _cannot_listen(self.config.listen, exc) from exc
-        if not port:
-            raise _cannot_listen(self.config.listen, f"host {host} cannot be bound")
-        return port
+            raise _cannot_listen(self.config, exc) from exc
 
 
 def serve(config: ServerConfig) -> int:
@@ -187,11 +197,18 @@ def _watch_signals(wanted: threading.Event) -> None:
     os._exit(EXIT_FORCED)
 
 
-def _cannot_listen(listen: str, why: object) -> ServiceUnavailable:
+def _cannot_listen(config: ServerConfig, exc: RuntimeError) -> ServiceUnavailable:
+    """The error for an address that gRPC refused, which says only in its own log what was wrong."""
+    host, port = config.address
+    why = f"is the port taken? ({exc})"
+    try:
+        socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as unresolved:
+        why = f"the host {host!r} does not resolve ({unresolved})"
     return ServiceUnavailable(
-        f"cannot listen on {listen}; is the port taken? ({why})",
+        f"cannot listen on {config.listen}; {why}",
         reason=Reason.INVALID_PARAMETER,
-        metadata={"listen": listen},
+        metadata={"listen": config.listen},
         field="listen",
     )
 

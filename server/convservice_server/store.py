@@ -8,6 +8,7 @@ used is pinned. A network or tensor is there only for the owners who brought it:
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -198,15 +199,25 @@ class Store:
         return nsmallest(count, mine)
 
     def prepared(self, entry: Entry, backend: Backend, precision: Precision) -> PreparedNetwork:
-        """A pinned network's prepared form, made once however many ask at the same time."""
+        """A pinned network's prepared form, made once however many ask at the same time.
+
+        Room for the most that it can take is held before it is made, and what it does not take given back.
+        """
         with self._lock:
             form = entry.forms.setdefault((backend.name, precision), Form())
         with form.lock:
             if form.made is None:
-                made = backend.prepare(entry.network, precision)
+                most, size = _most_prepared_bytes(entry.network), 0
                 with self._lock:
-                    self._shelf.take(made.nbytes)
-                    entry.form_bytes += made.nbytes
+                    self._shelf.take(most)
+                try:
+                    made = backend.prepare(entry.network, precision)
+                    size = made.nbytes
+                finally:
+                    with self._lock:
+                        self._shelf.give(most)
+                        self._shelf.take(size)
+                        entry.form_bytes += size
                 form.made = made
             return form.made
 
@@ -259,6 +270,11 @@ class Use:
             ResourceExhausted: `WEIGHTS_BUDGET`: the prepared form cannot fit beside what is held.
         """
         return self._store.prepared(self._entry, backend, precision)
+
+
+def _most_prepared_bytes(network: Network) -> int:
+    """Bytes of a copy of all weights in the type that sums are made in, which is never the smaller one."""
+    return sum(math.prod(tensor.shape) * tensor.dtype.accumulator.itemsize for tensor in network.tensors)
 
 
 def _check_same(tensor: Tensor, reference: Tensor) -> None:

@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 
 from convservice import exchange
-from convservice.bands import PAYLOAD_BYTES
+from convservice.bands import PAYLOAD_BYTES, DataFormat
 from convservice.errors import Cancelled, ConvServiceError, Reason
 from convservice.exchange import Aborted, Ended, FramingError, Opened, Rows, TensorReceiver
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import TensorRequest
 from convservice_backends.interface import SessionPlan
-from convservice_server.calls import Call
+from convservice_server.calls import Call, WaitEnded
 from convservice_server.faults import as_error, draining
-from convservice_server.passage import Engine, Meter, Packing, Passage, log_refused, logged
+from convservice_server.passage import Engine, Packing, Passage, log_refused, logged
 
 Requests = Iterator[pb.ConvolveStreamRequest]
 Responses = Generator[pb.ConvolveStreamResponse, None, None]
@@ -100,7 +100,7 @@ class TensorStream:
         for result in passage.start(self._packing):
             yield exchange.result_header(number, result)
         while True:
-            message = self._continued(requests, passage.meter)
+            message = self._continued(requests, passage)
             event = self._receiver.receive(message)
             del message  # not held while the next one is awaited
             if isinstance(event, Aborted):
@@ -115,24 +115,36 @@ class TensorStream:
             del event
 
     def _packing(self, plan: SessionPlan) -> Packing:
-        """Results as the backend chose; a message that is read beside one taken apart, payloads that fill."""
+        """Results as the backend chose; a message that is read beside one taken apart, payloads that fill.
+
+        The plan has one band of the input. Where that is put into another order of axes, its bytes as they
+        came, put together from messages, are there beside it.
+        """
         buffers = 2 * self._message_bytes + 2 * PAYLOAD_BYTES * len(plan.results)
+        if plan.spec.data_format is DataFormat.CHANNELS_LAST:
+            buffers += plan.spec.band_bytes
         return Packing(plan.results, buffers)
 
-    def _continued(self, requests: Requests, meter: Meter | None = None) -> pb.ConvolveStreamRequest:
+    def _continued(self, requests: Requests, passage: Passage | None = None) -> pb.ConvolveStreamRequest:
         """The next message, which must come: a tensor is open."""
-        message = self._next(requests, meter)
+        message = self._next(requests, passage)
         if message is None:
             raise FramingError(f"the stream ended while tensor {self._receiver.tensor_id} was open")
         return message
 
-    def _next(self, requests: Requests, meter: Meter | None = None) -> pb.ConvolveStreamRequest | None:
+    def _next(self, requests: Requests, passage: Passage | None = None) -> pb.ConvolveStreamRequest | None:
+        """The next message if there is one; it is waited for no longer than the open tensor's own time."""
         start = self._engine.clock()
+        self._call.wait_until = None if passage is None else passage.deadline
         try:
             return next(requests, None)
+        except WaitEnded:
+            if passage is None:
+                raise
+            raise passage.overdue() from None
         except Exception as exc:
             self._broken = exc
             raise
         finally:
-            if meter is not None:
-                meter.receive += self._engine.clock() - start
+            if passage is not None:
+                passage.meter.receive += self._engine.clock() - start

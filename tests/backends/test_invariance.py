@@ -178,3 +178,22 @@ def test_rows_of_whole_blocks_do_not_depend_on_the_height(backend: Backend, rng:
     for height in (block + 2, 2 * block + 1, 333, 699):
         found = run(prepared, x[:, :, :height])["output"]
         assert_same_bits({"o": whole[:, :, : found.shape[2]]}, {"o": found}, f"height {height}")
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("filters", [1, 6])
+def test_the_layout_of_the_input_changes_nothing(
+    backend: Backend, kernel: tuple[int, int], filters: int, rng: np.random.Generator
+) -> None:
+    network = Network([Conv(random_array(rng, (filters, 5, *kernel), FLOAT32))])
+    x = random_array(rng, (2, 5, 23, 31), FLOAT32)
+    prepared = backend.prepare(network, Precision.HIGH)
+    expected = run(prepared, x)
+    channels_last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    for layout in (
+        np.asfortranarray(x),
+        channels_last,
+        np.repeat(x, 2, axis=3)[..., ::2],
+        x[:, :, ::-1][:, :, ::-1],
+    ):
+        assert_same_bits(expected, run(prepared, layout), f"strides {layout.strides}")

@@ -358,3 +358,16 @@ def test_a_sum_that_is_longer_than_a_block_is_right(backend: Backend, rng: np.ra
     x = random_array(rng, (1, 3000, 4), FLOAT32)
     found = compute(backend, Network([layer]), x)["output"]
     assert_expected("9000 products", layer_reference(layer, x, FLOAT32, FLOAT32), found)
+
+
+@pytest.mark.parametrize("shape", [(1, 200_000, 100_000), (1, None, 100_000), (1, 400_000_000)])
+def test_a_stride_far_beyond_the_window_holds_a_window(
+    backend: Backend, shape: tuple[int, int | None, *tuple[int, ...]]
+) -> None:
+    """Rows between two windows are dropped as they come, however far apart the windows are."""
+    channels, rows, *rest = shape
+    window = (3,) * (1 + len(rest))
+    layer = Conv(np.ones((1, 1, *window), np.float32), stride=(1000, *(100_000 for _ in rest)))
+    spec = TensorSpec(FLOAT32, SampleShape(channels, rows, tuple(rest)), 1, 1)
+    plan = backend.prepare(Network([layer]), Precision.HIGH).plan(spec)
+    assert plan.peak_bytes < 64 << 20

@@ -161,6 +161,12 @@ def test_a_deadline_that_passes(fake: FakeService, client: ConvClient) -> None:
     assert caught.value.reason == Reason.DEADLINE
 
 
+@pytest.mark.parametrize("timeout", [4e8, 9e9, 1e19, 10**30])
+def test_a_timeout_of_many_years_is_none(client: ConvClient, timeout: float) -> None:
+    x = np.ones((1, 1, 3), np.float32)
+    assert np.array_equal(client.run(relu(), x, timeout=timeout), x)
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "1", True])
 def test_a_timeout_is_seconds_above_zero(timeout: Any) -> None:
     with pytest.raises(InvalidRequest, match="timeout must be seconds above 0"):

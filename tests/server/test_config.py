@@ -50,6 +50,7 @@ def test_addresses(listen: str) -> None:
         ({"max_message_bytes": 1024}, "max_message_bytes", "from"),
         ({"max_unary_bytes": 8 * MIB}, "max_message_bytes", "max_unary_bytes + max_inline_weight_bytes"),
         ({"idle_timeout": 0}, "idle_timeout", "above 0"),
+        ({"crowd_timeout": 0}, "crowd_timeout", "above 0"),
         ({"idle_timeout": float("nan")}, "idle_timeout", "seconds"),
         ({"drain_grace": -1}, "drain_grace", "at least 0"),
         ({"log_format": "xml"}, "log_format", "'text' or 'json'"),

@@ -15,13 +15,17 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from convservice.bands import TensorSpec
 from convservice.dtypes import FLOAT32
+from convservice.errors import DeadlineExceeded
 from convservice.geometry import SampleShape
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
 from convservice_server.calls import Call
+from convservice_server.server import SERVICE_NAME
+from convservice_server.watchdog import Watchdog
 from tests.server.support import (
     WAIT,
     Requests,
@@ -128,6 +132,96 @@ def test_a_client_that_never_writes_holds_up_nobody() -> None:
         for stream in streams:
             assert list(stream) == []
         served.settle()
+
+
+def test_a_tensor_that_is_not_sent_in_its_time_gives_its_memory_back(served: Running) -> None:
+    x = np.ones((1, 1, 2, 2), np.float32)
+    header, *rest = tensor_messages(served.register(pointwise()), x, timeout_ms=50)
+    requests = Requests([header])
+    responses = iter(served.stub.ConvolveStream(requests, timeout=WAIT))
+    first = [next(responses), next(responses)]
+    assert served.server.service.admission.reserved == 0
+    requests.send(*rest, *tensor_messages(header.header.network, x, 1))
+    requests.end()
+    results = collect([*first, *responses])
+    assert isinstance(results[0].error, DeadlineExceeded)
+    assert results[0].error.metadata == {"timeout_ms": "50"}
+    assert results[1].floats == [1.0] * 4
+
+
+@pytest.fixture
+def arrived(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Released once for each wait that a watchdog watches."""
+    seen = threading.Semaphore(0)
+    original = Watchdog.watch
+
+    @contextmanager
+    def watch(watchdog: Watchdog, end: Callable[[], object]) -> Generator[None]:
+        with original(watchdog, end):
+            seen.release()
+            yield
+
+    monkeypatch.setattr(Watchdog, "watch", watch)
+    return seen
+
+
+@contextmanager
+def silent_calls(
+    channel: grpc.Channel, method: str, count: int, arrived: threading.Semaphore
+) -> Generator[list[Any]]:
+    """Calls without a request, each of which has a worker that waits for it."""
+    requests = [Requests() for _ in range(count)]
+    calls = [cast("Any", channel).stream_stream(method)(each, timeout=2 * WAIT) for each in requests]
+    try:
+        for _ in calls:
+            assert arrived.acquire(timeout=WAIT)
+        yield calls
+    finally:
+        for call, each in zip(calls, requests, strict=True):
+            call.cancel()
+            each.end()
+
+
+def is_healthy(channel: grpc.Channel) -> bool:
+    stub = cast("Any", health_pb2_grpc).HealthStub(channel)
+    status = stub.Check(health_pb2.HealthCheckRequest(), timeout=WAIT).status
+    return bool(status == health_pb2.HealthCheckResponse.SERVING)
+
+
+CONVOLVE = f"/{SERVICE_NAME}/Convolve"
+CHECK = f"/{health.SERVICE_NAME}/Check"
+
+
+def test_silent_unary_calls_do_not_stop_health(arrived: threading.Semaphore) -> None:
+    with running(max_streams=1, max_uploads=1, unary_workers=2, crowd_timeout=2 * WAIT) as served:
+        workers = served.server.config.pool_size
+        with silent_calls(served.channel, CONVOLVE, workers, arrived), connect(served.server.port) as channel:
+            assert is_healthy(channel)
+
+
+@pytest.mark.parametrize(("method", "workers"), [(CONVOLVE, 4), (CHECK, 2)])
+def test_silent_calls_leave_workers_to_others(
+    arrived: threading.Semaphore, method: str, workers: int
+) -> None:
+    """There are as many as there are workers; one is let be, and the others are ended."""
+    ended = threading.Semaphore(0)
+
+    def over(_: object) -> None:
+        ended.release()
+
+    with (
+        running(max_streams=1, max_uploads=1, unary_workers=2, crowd_timeout=0.2) as served,
+        silent_calls(served.channel, method, workers, arrived) as calls,
+        connect(served.server.port) as channel,
+    ):
+        for call in calls:
+            call.add_done_callback(over)
+        served.is_serving_others()
+        assert is_healthy(channel)
+        for _ in calls[1:]:
+            assert ended.acquire(timeout=WAIT)
+        codes = [call.code() for call in calls if not call.is_active()]
+        assert codes == [grpc.StatusCode.CANCELLED] * (workers - 1)
 
 
 def test_a_thousand_tensors_before_the_first_read(served: Running) -> None:

@@ -40,6 +40,7 @@ from tests.server.support import (
     header_message,
     payload_message,
     pointwise,
+    running,
     tensor_messages,
     unary,
 )
@@ -184,6 +185,17 @@ def test_a_port_that_is_taken_is_a_clear_error() -> None:
         assert output == ""
         assert f"cannot listen on 127.0.0.1:{process.port}; is the port taken?" in errors
         assert "Traceback" not in errors
+        assert "draining" not in errors
+        assert "stopped" not in errors
+
+
+def test_a_host_that_does_not_resolve_is_a_clear_error() -> None:
+    with pytest.raises(ServiceUnavailable) as caught, running(listen="256.1.1.1:99"):
+        pass
+    assert caught.value.message.startswith(
+        "cannot listen on 256.1.1.1:99; the host '256.1.1.1' does not resolve ("
+    )
+    assert "port" not in caught.value.message
 
 
 def test_a_backend_that_is_not_there_is_a_clear_error() -> None:

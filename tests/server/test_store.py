@@ -16,7 +16,7 @@ from convservice.tensors import Tensor
 from convservice.wire.enums import Precision
 from convservice_server.shelf import NODE_OVERHEAD, TENSOR_OVERHEAD
 from convservice_server.store import Store
-from tests.server.support import WAIT, Double
+from tests.server.support import WAIT, Double, DoubleNetwork
 
 LEASE = 60.0
 VALUES = 10_000
@@ -351,5 +351,54 @@ def test_a_form_that_does_not_fit_is_refused_and_not_kept(clock: Clock, double: 
     store = Store(ONE, LEASE, clock)
     name = add(store, tensor(1), brought=True)
     with store.use("", name) as use, pytest.raises(ResourceExhausted):
+        use.prepared(double, Precision.HIGH)
+    assert double.prepared == 0, "it was refused before anything was allocated"
+    assert store.used == ONE
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(np.float16, 4), (np.float32, 4), (np.float64, 8)])
+def test_room_for_the_largest_form_is_held_while_it_is_made(
+    clock: Clock, double: Double, monkeypatch: pytest.MonkeyPatch, dtype: type, itemsize: int
+) -> None:
+    store = Store(10 * SIZE, LEASE, clock)
+    double.prepared_bytes = 7
+    name = add(store, Tensor.of(np.ones((VALUES, 1, 1), dtype)), brought=True)
+    kept, seen = store.used, list[int]()
+    prepare = double.prepare
+
+    def observed(network: Network, precision: Precision) -> DoubleNetwork:
+        seen.append(store.used)
+        return prepare(network, precision)
+
+    monkeypatch.setattr(double, "prepare", observed)
+    with store.use("", name) as use:
+        use.prepared(double, Precision.HIGH)
+    assert seen == [kept + itemsize * VALUES]
+    assert store.used == kept + 7
+
+
+def test_a_form_that_takes_more_than_foreseen_is_refused(clock: Clock, double: Double) -> None:
+    store = Store(ONE + SIZE, LEASE, clock)
+    double.prepared_bytes = SIZE + 1
+    name = add(store, tensor(1), brought=True)
+    with store.use("", name) as use:
+        with pytest.raises(ResourceExhausted):
+            use.prepared(double, Precision.HIGH)
+        assert store.used == ONE
+        double.prepared_bytes = SIZE
+        assert use.prepared(double, Precision.HIGH).nbytes == SIZE
+    assert store.used == ONE + SIZE
+
+
+def test_a_form_that_cannot_be_made_gives_its_room_back(
+    clock: Clock, double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(network: Network, precision: Precision) -> DoubleNetwork:
+        raise MemoryError
+
+    store = Store(10 * SIZE, LEASE, clock)
+    name = add(store, tensor(1), brought=True)
+    monkeypatch.setattr(double, "prepare", fails)
+    with store.use("", name) as use, pytest.raises(MemoryError):
         use.prepared(double, Precision.HIGH)
     assert store.used == ONE

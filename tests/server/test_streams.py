@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
 
-from convservice.bands import TensorSpec
+from convservice.bands import DataFormat, TensorSpec
 from convservice.dtypes import FLOAT32
 from convservice.errors import Cancelled, DeadlineExceeded, InvalidRequest, Reason, ServiceUnavailable
 from convservice.exchange import FramingError
 from convservice.geometry import SampleShape
+from convservice.layers import Conv
+from convservice.network import Network
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.networks import inline_to_proto
 from convservice_backends.registry import Registry
-from convservice_server.calls import Call
+from convservice_server.calls import Call, WaitEnded
 from convservice_server.config import ServerConfig
 from convservice_server.service import Service
 from tests.server.support import (
@@ -211,9 +215,40 @@ def test_memory_that_cannot_be_had_is_refused_at_the_header() -> None:
 
 def test_what_is_reserved_does_not_depend_on_the_height(bench: Bench) -> None:
     tall = np.zeros((1, 1, 64, 3), np.float32)
-    results = collect(bench.run(*bench.tensor(0, X[:1]), *bench.tensor(1, tall)))
+    messages = [*bench.tensor(0, X[:1], band_rows=4), *bench.tensor(1, tall, band_rows=4)]
+    results = collect(bench.run(*messages))
     reserved = [result.done.reserved_bytes for result in results.values() if result.done is not None]
     assert reserved[0] == reserved[1]
+
+
+@pytest.mark.parametrize("data_format", DataFormat)
+def test_bands_as_high_as_the_tensor_take_no_more_than_was_reserved(data_format: DataFormat) -> None:
+    """The bytes of such a band are put together while nothing can be computed, and then decoded."""
+    height, width, payload = 2048, 1024, bytes(1 << 20)
+    weight = np.ones((1, 2, 3, 3), np.float32)
+    with closing(Registry()) as registry:
+        service = Service(ServerConfig(memory_budget_bytes=1 << 30), registry)
+        inline = inline_to_proto(Network([Conv(weight, padding=1)]))
+        name = service.register_network(pb.RegisterNetworkRequest(network=inline), Call()).name
+        spec = TensorSpec(FLOAT32, SampleShape(2, height, (width,)), 1, height, data_format)
+
+        def requests() -> Iterator[pb.ConvolveStreamRequest]:
+            yield header_message(name, spec)
+            for offset in range(0, spec.band_bytes, len(payload)):
+                yield payload_message(payload, offset)
+            yield end_message()
+
+        tracemalloc.start()
+        try:
+            (*_, last) = (
+                response if response.HasField("done") else pb.ConvolveStreamResponse()
+                for response in service.open_stream(Call()).run(requests())
+            )
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert last.done.input_rows == height
+    assert spec.band_bytes < most < last.done.reserved_bytes
 
 
 def test_an_unexpected_failure_is_internal_and_has_an_incident(
@@ -292,6 +327,33 @@ def test_the_tensors_own_time_limit_ends_it_alone(bench: Bench) -> None:
     assert (error.reason, error.metadata) == (Reason.DEADLINE, {"timeout_ms": "1500"})
     assert bench.backend.blocks == 8, "only the second tensor's rows were computed"
     assert results[1].done is not None
+
+
+def test_a_tensor_whose_time_passes_in_silence_is_answered_and_the_next_goes_on(bench: Bench) -> None:
+    call = Call()
+    messages = [*bench.tensor(0, timeout_ms=1500), *bench.tensor(1)]
+    waits: list[float | None] = []
+
+    class Silent(Iterator[pb.ConvolveStreamRequest]):
+        """Ends the first wait for a payload as an inbox does."""
+
+        def __next__(self) -> pb.ConvolveStreamRequest:
+            waits.append(call.wait_until)
+            if len(waits) == 2:
+                raise WaitEnded
+            if not messages:
+                raise StopIteration
+            return messages.pop(0)
+
+    responses = bench.service.open_stream(call).run(Silent())
+    first = [next(responses), next(responses)]
+    assert first[1].WhichOneof("message") == "error"
+    assert bench.nothing_left()
+    results = collect([*first, *responses])
+    assert isinstance(results[0].error, DeadlineExceeded)
+    assert results[0].error.metadata == {"timeout_ms": "1500"}
+    assert results[1].done is not None
+    assert waits == [None, 1.5, *[None] * (len(waits) - 2)]
 
 
 def test_the_calls_deadline_ends_the_stream(bench: Bench) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ from convservice.errors import (
     ResourceExhausted,
     ServiceUnavailable,
 )
-from convservice_server.calls import Call
+from convservice_server.calls import Call, WaitEnded
 from convservice_server.inbox import Inbox
 from convservice_server.lanes import Lane
 from convservice_server.watchdog import Watchdog
@@ -160,6 +164,18 @@ def test_the_reader_ends_when_the_inbox_is_closed() -> None:
     assert source.messages == [2]
 
 
+def test_a_single_wait_can_be_ended_and_the_next_goes_on() -> None:
+    call, source = Call(), Source(error=RuntimeError("reset"))
+    with inbox(source, call) as messages:
+        call.wait_until = time.monotonic()
+        with pytest.raises(WaitEnded):
+            next(messages)
+        call.wait_until = None
+        source.release.set()
+        with pytest.raises(Cancelled, match="reset"):
+            next(messages)
+
+
 def test_a_call_with_a_deadline() -> None:
     now = [0.0]
     call = Call(deadline=5.0, clock=lambda: now[0])
@@ -186,14 +202,24 @@ def test_the_watchdog_leaves_what_is_done_in_time() -> None:
     assert not fired
 
 
+def test_the_watchdog_ends_the_longest_of_many_waits_sooner() -> None:
+    names = ["first", "second", "third"]
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with Watchdog(WAIT, few=1, patience=0.01) as watchdog, ExitStack() as waits:
+        for name in names:
+            waits.enter_context(watchdog.watch(functools.partial(ended.put, name)))
+        assert [ended.get(timeout=WAIT) for _ in names[1:]] == ["first", "second"]
+        with watchdog.watch(lambda: None):
+            assert ended.get(timeout=WAIT) == "third"
+    assert ended.empty()
+
+
 def test_a_lane_counts_and_refuses() -> None:
     lane = Lane("streams", 2)
     with lane.enter(), lane.enter():
         assert lane.count == 2
-        assert not lane.wait_idle(0)
         with pytest.raises(ResourceExhausted, match="at most 2 streams") as caught, lane.enter():
             pass
         assert caught.value.reason == Reason.TOO_MANY_STREAMS
         assert caught.value.retry_after is not None
     assert lane.count == 0
-    assert lane.wait_idle(0)

@@ -114,10 +114,10 @@ def test_a_tensor_opens_only_after_the_one_before_ended() -> None:
 def test_what_belongs_to_no_open_tensor_is_a_framing_error(kind: str) -> None:
     other = TensorSender(replace(REQUEST, tensor_id=9))
     message = {"payload": other.payload(b"x"), "end": other.end(), "abort": other.abort()}[kind]
-    with pytest.raises(FramingError, match=f"a {kind} came for tensor 9, but none is open"):
+    with pytest.raises(FramingError, match=f"{kind} came for tensor 9, but none is open"):
         TensorReceiver().receive(message)
     receiver, sender = opened()
-    with pytest.raises(FramingError, match=f"a {kind} came for tensor 9, but 5 is open"):
+    with pytest.raises(FramingError, match=f"{kind} came for tensor 9, but 5 is open"):
         receiver.receive(message)
     receiver, sender = opened()
     receiver.receive(sender.abort())

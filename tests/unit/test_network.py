@@ -123,6 +123,11 @@ def test_a_chain_names_its_layers_and_its_output() -> None:
     [
         ([], None, "1 to 512 layers, not 0"),
         ([Activation()] * (MAX_NODES + 1), None, "1 to 512 layers, not 513"),
+        (
+            [Node("a", Activation())],
+            {f"o{n}": "a" for n in range(MAX_NODES + 1)},
+            "1 to 512 outputs, not 513",
+        ),
         ([Node("a b", Activation())], None, "letters, digits"),
         ([Node("", Activation())], None, "letters, digits"),
         ([Node("a" * 65, Activation())], None, "letters, digits"),

@@ -59,6 +59,24 @@ def test_a_backend_is_constructed_once_and_closed() -> None:
     assert found.closed
 
 
+def test_a_backend_that_is_slow_to_construct_holds_up_no_other() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> Backend:
+        begun.set()
+        assert go_on.wait(30)
+        return Other()
+
+    registry = Registry(factories={"fake": Fake, "slow": slow})
+    waiting = threading.Thread(target=registry.resolve, args=("slow",))
+    waiting.start()
+    assert begun.wait(30)
+    assert registry.resolve("fake").name == "fake"
+    go_on.set()
+    waiting.join()
+    assert isinstance(registry.resolve("slow"), Other)
+
+
 def test_auto_takes_the_first_that_works_and_keeps_each_reason() -> None:
     registry = Registry(factories={"a": cannot, "b": breaks, "other": Other})
     assert registry.resolve().name == "other"

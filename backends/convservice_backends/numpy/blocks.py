@@ -125,7 +125,7 @@ def gather(
     ]
     whole = spans(layer, sizes)
     source = run.rows[block.samples]
-    if source.dtype == dtype and not needs_filling(axes, whole):
+    if source.dtype == dtype and _is_packed(source) and not needs_filling(axes, whole):
         (rows,), *rest = axes
         at = slice(rows.source.start - run.first_row, rows.source.stop - run.first_row)
         view: NDArray[Any] = source[(slice(None), slice(None), at, *(piece.source for (piece,) in rest))]
@@ -133,6 +133,17 @@ def gather(
     window = carve(scratch, (source.shape[0], source.shape[1], *whole), dtype)
     copy_window(source, run.first_row, axes, window)
     return window
+
+
+def _is_packed(rows: NDArray[Any]) -> bool:
+    """Whether the rows of each channel lie as they do in a buffer of the session: what a product reads must
+    lie the same way whoever gave it, or its bits would depend on that."""
+    step = rows.itemsize
+    for axis in range(rows.ndim - 1, 1, -1):
+        if rows.strides[axis] != step:
+            return False
+        step *= rows.shape[axis]
+    return rows.strides[1] >= step
 
 
 def carve(scratch: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

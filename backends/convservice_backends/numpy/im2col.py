@@ -36,8 +36,9 @@ MOST_COLUMNS_BYTES = 16 << 20
 """What the columns may take for the sake of `FEWEST_COLUMNS`."""
 TILE_WORK = 32_000_000
 """Multiply-adds worth a worker of its own: a block's filters are cut into tiles of about so much."""
-MOST_WINDOW_BYTES = 8 << 20
-"""What the input under a block may take, gaps between far apart windows included, if it has several rows."""
+MOST_HELD_BYTES = 16 << 20
+"""What the input rows under a block may take, gaps between far apart windows included, if it has several
+output rows."""
 MOST_WORK = 2_000_000_000
 """Multiply-adds of a block at most: cancel and deadline are checked between blocks."""
 
@@ -72,10 +73,10 @@ class Im2colOperator:
         work = self._layer.out_channels * self._filters.shape[2]
         columns = max(1, min(columns, MOST_COLUMNS_BYTES // column_bytes, MOST_WORK // work))
         rows, inner = cut(columns, out.rest)
-        row_bytes = self._layer.in_channels * self._dtype.itemsize
-        extent, *others = spans(self._layer, (1, *inner))
-        most_rows = MOST_WINDOW_BYTES // (row_bytes * math.prod(others))
-        rows = max(1, min(rows, (most_rows - extent) // self._layer.stride[0] + 1))
+        most_held = MOST_HELD_BYTES // (given.row_elements * self._dtype.itemsize)
+        rows = max(
+            1, min(rows, (most_held - spans(self._layer, (1, *inner))[0]) // self._layer.stride[0] + 1)
+        )
         elements = self._layer.out_channels * rows * math.prod(inner)
         scratch = sum(self._sizes((rows, *inner)))
         return BlockPlan("im2col", rows, inner, scratch, temporary_bytes(elements, dtype_of(self._dtype)))
@@ -130,7 +131,7 @@ class Im2colOperator:
         samples, count = block.samples.stop - block.samples.start, math.prod(sizes)
         window_bytes, columns_bytes, _ = (samples * size for size in self._sizes(sizes))
         window = gather(layer, block, run, scratch, self._dtype, sizes=sizes)
-        if self._is_pointwise:
+        if self._is_pointwise and count > 1:  # a lone column would be read with the rows' own step
             columns = window.reshape(samples, groups, depth, count)
         else:
             columns = carve(scratch[window_bytes:], (samples, groups, depth, count), self._dtype)

@@ -594,7 +594,7 @@ class Network(_message.Message):
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___NetworkOutput]:
-        """At least one."""
+        """At least one, at most 512."""
 
     def __init__(
         self,
