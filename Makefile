@@ -65,7 +65,8 @@ bench-stream: $(VENV)/demo.stamp ## stream 4 GiB through a server and print its 
 
 .PHONY: bench-convolution
 bench-convolution: $(BENCH_VENV)/bench.stamp ## time the backends beside PyTorch, each result validated first
-	$(BENCH_VENV)/bin/python -m benchmarks.convolution
+	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=67108864 OPENBLAS_NUM_THREADS=1 \
+		$(BENCH_VENV)/bin/python -m benchmarks.convolution
 
 .PHONY: dev
 dev: $(VENV)/dev.stamp ## set up everything for an editor, and the commit hooks

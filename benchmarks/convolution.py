@@ -4,7 +4,8 @@
 
 Every result is first compared with a float64 convolution within the bound that the service promises; only
 then it is timed. Each figure is the median of several runs, the two libraries taking turns, so that a change
-of the machine's speed meets both. The table goes to benchmarks/results/convolution.md.
+of the machine's speed meets both. Both run with glibc's malloc set as the server sets it. The table goes to
+benchmarks/results/convolution.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from convservice_backends.session import run
 torch: Any = importlib.import_module(
     "torch"
 )  # in this benchmark's own environment alone, so without its types
+
+TURNS = 3
+REST = 0.25  # seconds
 
 RESULTS = Path(__file__).parent / "results" / "convolution.md"
 
@@ -108,14 +112,21 @@ def validate(case: Case, x: Array, weight: Array, y: Array) -> float:
 
 
 def medians(first: Callable[[], object], second: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Median seconds of two functions that take turns."""
+    """Median seconds of two functions that take turns, a third of the time at a time.
+
+    Before each turn the machine rests: threads of the other library spin for a while after their last call,
+    and would take a processor from this one's.
+    """
     times: tuple[list[float], list[float]] = ([], [])
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times[0]) < 5:
+    for _ in range(TURNS):
         for function, taken in zip((first, second), times, strict=True):
-            start = time.perf_counter()
+            time.sleep(REST)
             function()
-            taken.append(time.perf_counter() - start)
+            until = time.perf_counter() + seconds / TURNS / 2
+            while not taken or time.perf_counter() < until:
+                start = time.perf_counter()
+                function()
+                taken.append(time.perf_counter() - start)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
@@ -147,8 +158,8 @@ def header(name: str, described: Description) -> list[str]:
         "",
         f"{machine}; {peer}; Python {platform.python_version()}; {datetime.now(UTC):%Y-%m-%d}.",
         "",
-        "Float32; medians in milliseconds. Ratio: PyTorch's time over this backend's. Error: the largest as",
-        "a share of the promised bound.",
+        "Float32; medians in milliseconds; malloc as the server sets it. Ratio: PyTorch's time over this",
+        "backend's. Error: the largest as a share of the promised bound.",
         "",
         "| convolution | ms | GFLOP/s | PyTorch ms | ratio | error |",
         "| --- | --- | --- | --- | --- | --- |",
