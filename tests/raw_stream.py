@@ -6,9 +6,10 @@ import queue
 import time
 from typing import Any, Self, cast
 
-from convservice.bands import Band, BandPacker
+from convservice.bands import Band
 from convservice.errors import ConvServiceError
 from convservice.exchange import Done, Failed, ResultOpened, ResultReceiver, ResultRows, TensorSender
+from convservice.packing import BandPacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
 from convservice.wire.headers import ResultSpec, TensorReport, TensorRequest

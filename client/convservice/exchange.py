@@ -17,7 +17,7 @@ from enum import Enum, auto
 
 from google.rpc import status_pb2
 
-from convservice.bands import Band, BandUnpacker
+from convservice.bands import Band
 from convservice.errors import (
     ConvServiceError,
     InternalError,
@@ -26,6 +26,7 @@ from convservice.errors import (
     from_status,
     to_status,
 )
+from convservice.unpacking import BandUnpacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import (
     ResultSpec,

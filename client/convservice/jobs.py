@@ -15,18 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.arrays import Input, Options, network_dtype, result_shapes
-from convservice.bands import (
-    PAYLOAD_BYTES,
-    Band,
-    BandPacker,
-    BandUnpacker,
-    DataFormat,
-    TensorSpec,
-    band_rows_for,
-)
+from convservice.bands import PAYLOAD_BYTES, Band, DataFormat, TensorSpec, band_rows_for
 from convservice.errors import InternalError, InvalidRequest, Reason
 from convservice.exchange import Done, Failed, ResultOpened, ResultReceiver, TensorSender
 from convservice.network import Network
+from convservice.packing import BandPacker
+from convservice.unpacking import BandUnpacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import (
     ResultSpec,

@@ -14,8 +14,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from convservice.bands import Band, BandPacker
+from convservice.bands import Band
 from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason, code_name, to_status
+from convservice.packing import BandPacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import ResultSpec, TensorReport, TensorRequest
 from convservice_backends.interface import Session, SessionPlan

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
-from convservice.bands import BandUnpacker, TensorSpec
+from convservice.bands import TensorSpec
 from convservice.errors import ConvServiceError, InvalidRequest, Reason, ResourceExhausted
 from convservice.network import NAME_PREFIX
+from convservice.unpacking import BandUnpacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import (
     ResultSpec,

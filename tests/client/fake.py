@@ -19,7 +19,7 @@ import numpy as np
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
-from convservice.bands import Band, BandPacker, BandUnpacker, TensorSpec
+from convservice.bands import Band, TensorSpec
 from convservice.errors import ConvServiceError, NetworkNotFound, Reason, to_status
 from convservice.exchange import (
     Aborted,
@@ -32,7 +32,9 @@ from convservice.exchange import (
     tensor_error,
 )
 from convservice.network import Network
+from convservice.packing import BandPacker
 from convservice.tensors import Tensor
+from convservice.unpacking import BandUnpacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceServicer, add_ConvServiceServicer_to_server
 from convservice.wire.headers import (

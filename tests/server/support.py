@@ -15,12 +15,13 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 from numpy.typing import NDArray
 
-from convservice.bands import Band, BandPacker, TensorSpec
+from convservice.bands import Band, TensorSpec
 from convservice.dtypes import DType, dtype_of
 from convservice.errors import ConvServiceError, from_status
 from convservice.geometry import SampleShape
 from convservice.layers import Conv
 from convservice.network import Network
+from convservice.packing import BandPacker
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1 import conv_pb2_grpc

@@ -5,17 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convservice.bands import (
-    Band,
-    BandPacker,
-    BandUnpacker,
-    DataFormat,
-    TensorSpec,
-    band_rows_for,
-)
+from convservice.bands import Band, DataFormat, TensorSpec, band_rows_for
 from convservice.dtypes import FLOAT32, dtype_of
 from convservice.errors import InvalidRequest
 from convservice.geometry import SampleShape
+from convservice.packing import BandPacker
+from convservice.unpacking import BandUnpacker
 from tests.helpers import Array, random_array
 from tests.strategies import SEEDS, specs
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convservice.bands import Band, BandPacker, TensorSpec
+from convservice.bands import Band, TensorSpec
 from convservice.dtypes import FLOAT32, dtype_of
 from convservice.errors import Cancelled, InternalError, InvalidRequest, Reason, ResourceExhausted
 from convservice.exchange import (
@@ -32,6 +32,7 @@ from convservice.exchange import (
     tensor_error,
 )
 from convservice.geometry import SampleShape
+from convservice.packing import BandPacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import ResultSpec, TensorReport, TensorRequest
 from tests.helpers import random_array
