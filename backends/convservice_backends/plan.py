@@ -99,7 +99,7 @@ class NetworkPlan(SessionPlan):
 
     Attributes:
         nodes: node id to its plan.
-        whole: every sample is one block in every node: samples are computed whole, several at a time.
+        whole: samples are small and one block in every node: they are computed whole, several at a time.
         stack: samples computed together where `whole`.
         scratch_bytes: working memory of one worker.
         dtype: the network's dtype: that of every map between nodes.

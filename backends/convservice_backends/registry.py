@@ -17,7 +17,7 @@ from convservice_backends.interface import Backend, Description
 
 GROUP = "convservice.backends"
 AUTO = "auto"
-PREFERENCE = ("cupy", "numpy")
+PREFERENCE = ("numpy",)
 """The order in which `auto` tries; names that are not here come last, in alphabetical order."""
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 One driver moves rows from the input to every consumer, depth first: whatever a stage computes is taken by
 the stages behind it before it computes more, so that between two stages there is never more than one run.
-Samples that are one block in every layer go whole, several at a time.
+Small samples that are one block in every layer go whole, several at a time.
 """
 
 from __future__ import annotations

@@ -67,13 +67,6 @@ def neuron_view(layer: Conv, sample: NDArray[Any], index: Sequence[int], channel
     Raises:
         InvalidRequest: there is no such neuron, or the sample does not fit the layer.
     """
-    sizes = layer.output_shape(sample.shape)[1:]
-    if len(index) == len(sizes) and min(index) < 0:
-        raise InvalidRequest(
-            f"neuron {tuple(index)} is outside the feature map of size {sizes}",
-            reason=Reason.INVALID_PARAMETER,
-            field="index",
-        )
     field = layer.receptive_field(index, sample.shape)
     if not 0 <= channel < layer.out_channels:
         raise InvalidRequest(

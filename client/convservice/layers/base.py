@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from convservice.errors import InvalidRequest, Reason
 from convservice.geometry import (
     MAX_RANK,
+    MAX_SIZE,
     AxisWindow,
     PaddingMode,
     SampleShape,
@@ -156,8 +157,8 @@ def checked_index(index: int | Sequence[int], sizes: tuple[int, ...]) -> tuple[i
     Raises:
         InvalidRequest: `INVALID_PARAMETER` for a wrong number of positions or one outside.
     """
-    given = per_axis("index", index if hasattr(index, "__len__") else (index,), len(sizes), 0)
-    if any(at >= size for at, size in zip(given, sizes, strict=True)):
+    given = per_axis("index", index if hasattr(index, "__len__") else (index,), len(sizes), -MAX_SIZE)
+    if not all(0 <= at < size for at, size in zip(given, sizes, strict=True)):
         raise InvalidRequest(
             f"neuron {given} is outside the feature map of size {sizes}",
             reason=Reason.INVALID_PARAMETER,
