@@ -158,8 +158,9 @@ def _driven(session: Session, x: Array, rows: int | None) -> Iterator[tuple[int,
     sent = 0
     for given in bands_of(x, rows):
         sent += given.array.shape[0] * given.array.shape[2]
-        for band in session.submit(given):
-            yield sent, band
+        for bands in (session.submit(given), session.drain()):
+            for band in bands:
+                yield sent, band
     for band in session.finish():
         yield sent, band
 

@@ -46,7 +46,9 @@ class SessionPlan:
         results: one per output of the network, in order; `spec.band_rows` is the backend's choice.
         algorithms: node id to the name of the algorithm.
         block_rows: node id to output rows computed together.
-        peak_bytes: most memory the session takes at any time: rows held, blocks, scratch, one band each way.
+        peak_bytes: most memory of the host that the session takes at any time: rows held, blocks, scratch,
+            one band each way.
+        device_bytes: most memory of each device that it takes, where the backend computes on devices.
     """
 
     spec: TensorSpec
@@ -55,6 +57,7 @@ class SessionPlan:
     algorithms: Mapping[str, str]
     block_rows: Mapping[str, int]
     peak_bytes: int
+    device_bytes: int = field(default=0, kw_only=True)
 
 
 class Session(Protocol):
@@ -69,6 +72,14 @@ class Session(Protocol):
 
         Raises:
             Cancelled, DeadlineExceeded: from the `Check` the session was opened with.
+        """
+        ...
+
+    def drain(self) -> Iterator[Band]:
+        """Hands on, waiting where it must, all that follows from the input given so far.
+
+        A backend that computes while it takes the next rows may hold results back in `submit`, as many as its
+        plan has room for; whoever has no next rows at hand drains. Nothing where all was handed on at once.
         """
         ...
 
@@ -118,6 +129,11 @@ class Backend(Protocol):
     and raises `BackendUnavailable` with the reason when it cannot work here."""
 
     name: ClassVar[str]
+
+    @property
+    def failure(self) -> str:
+        """Why it cannot be used any more, such as a device that failed for good; empty while it works."""
+        ...
 
     def describe(self) -> Description:
         """What it computes on."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from convservice.geometry import SampleShape
 from convservice_backends.interface import Check
@@ -61,19 +61,17 @@ class Workspace(Protocol):
         ...
 
 
-class Operator(Protocol):
-    """One layer prepared on one backend."""
+Lent_contra = TypeVar("Lent_contra", contravariant=True)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its prepared weights, beside the layer's own."""
-        ...
+
+class Operator(Protocol[Lent_contra]):
+    """One layer prepared on one backend, which borrows a workspace from its sessions."""
 
     def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
         """Its blocks for a sample and its feature map; the same for every height."""
         ...
 
-    def compute(self, run: Run, out: Any, workspace: Workspace) -> None:
+    def compute(self, run: Run, out: Any, workspace: Lent_contra) -> None:
         """Writes output rows first <= i < last to `out`, (samples, out_channels, last - first, *rest),
         rounded once to its dtype."""
         ...

@@ -37,6 +37,8 @@ class BlockPlan:
         inner: sizes of a block along the other output axes.
         scratch_bytes: working memory of one worker, which the session lends.
         temporary_bytes: what one worker allocates beside it at any time.
+        any_rows: whether any run of rows gives the same bits, so that `rows` is only where a run may begin;
+            else every block is computed at its full size.
     """
 
     algorithm: str
@@ -44,6 +46,37 @@ class BlockPlan:
     inner: tuple[int, ...]
     scratch_bytes: int
     temporary_bytes: int = 0
+    any_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a backend works, as far as plans depend on it.
+
+    Attributes:
+        workers: blocks computed at the same time.
+        run_bytes: preferred bytes of input and output of one run.
+        whole_bytes: samples of at most so many bytes may go whole.
+        float_rows: rows are held in float types alone: the network's own or its accumulator. Integers are
+            widened as they come, and results are rounded as they leave.
+    """
+
+    workers: int = 1
+    run_bytes: int = RUN_BYTES
+    whole_bytes: int = RUN_BYTES
+    float_rows: bool = False
+
+    def held(self, source: str, given: DType, own: DType) -> DType:
+        """The dtype in which a node holds its input.
+
+        Args:
+            source: id of the node that it comes from.
+            given: dtype of the network's input.
+            own: the network's dtype.
+        """
+        if source != INPUT:
+            return own
+        return own.accumulator if self.float_rows and not given.is_float else given
 
 
 class Planner(Protocol):
@@ -117,9 +150,7 @@ def plan_session(
     operators: Mapping[str, Planner],
     spec: TensorSpec,
     out_dtype: DType | None,
-    *,
-    workers: int,
-    run_bytes: int = RUN_BYTES,
+    manner: Manner,
 ) -> NetworkPlan:
     """Plans the passage of a tensor.
 
@@ -128,13 +159,12 @@ def plan_session(
         operators: node id to its operator.
         spec: the tensor.
         out_dtype: dtype of the results; None for the network's own.
-        workers: blocks computed at the same time.
-        run_bytes: preferred size of a run.
+        manner: how the backend works.
 
     Raises:
         InvalidRequest: the tensor does not fit the network.
     """
-    planning = _Planning(network, spec, out_dtype, run_bytes)
+    planning = _Planning(network, spec, out_dtype, manner)
     needed = _needed(network)
     consumers: dict[str, list[str]] = {}
     for node in needed:
@@ -154,7 +184,7 @@ def plan_session(
         results=planning.results(block_rows, whole),
         algorithms={name: plan.blocks.algorithm for name, plan in nodes.items()},
         block_rows=block_rows,
-        peak_bytes=spec.band_bytes + held + workers * (scratch + temporary),
+        peak_bytes=spec.band_bytes + held + manner.workers * (scratch + temporary),
         nodes=nodes,
         whole=whole,
         stack=stack,
@@ -175,10 +205,10 @@ def _needed(network: Network) -> list[Node]:
 class _Planning:
     """One tensor's shapes and dtypes on their way through one network."""
 
-    def __init__(self, network: Network, spec: TensorSpec, out_dtype: DType | None, run_bytes: int) -> None:
+    def __init__(self, network: Network, spec: TensorSpec, out_dtype: DType | None, manner: Manner) -> None:
         self.network = network
         self.spec = spec
-        self.run_bytes = run_bytes
+        self.manner = manner
         self.dtype = network.dtype(spec.dtype)
         self.result = out_dtype or self.dtype
         self.shapes = network.shapes(spec.sample)
@@ -191,15 +221,15 @@ class _Planning:
         source = node.inputs[0]
         given, out = self.shapes[source], self.shapes[node.id]
         outputs = tuple(self.outputs.get(node.id, ()))
-        given_dtype = self.spec.dtype if source == INPUT else self.dtype
-        out_dtype = self._stored(bool(outputs), bool(consumers))
+        given_dtype = self.manner.held(source, self.spec.dtype, self.dtype)
+        out_dtype = self._stored(given_dtype, bool(outputs), bool(consumers))
         blocks = operator.block_plan(given, out)
         if out.rows is not None and out.rows < blocks.rows:
             blocks = replace(blocks, rows=out.rows)
         window = node.layer.window(given)
         row_bytes = out.row_elements * out_dtype.itemsize
         row_bytes += window.stride * given.row_elements * given_dtype.itemsize
-        blocks_in_run = max(1, self.run_bytes // (row_bytes * blocks.rows))
+        blocks_in_run = max(1, self.manner.run_bytes // (row_bytes * blocks.rows))
         if out.rows is not None:
             blocks_in_run = min(blocks_in_run, -(-out.rows // blocks.rows))
         run_rows = blocks_in_run * blocks.rows
@@ -224,8 +254,11 @@ class _Planning:
             consumers=consumers,
         )
 
-    def _stored(self, is_output: bool, is_consumed: bool) -> DType:
+    def _stored(self, given: DType, is_output: bool, is_consumed: bool) -> DType:
         """The dtype that a node's rows are kept in: where two are wanted, the one that both round from."""
+        if self.manner.float_rows:
+            exact = given == self.dtype and (not is_output or self.result == self.dtype)
+            return self.dtype if exact else self.dtype.accumulator
         if not is_output:
             return self.dtype
         if not is_consumed or self.result == self.dtype:
@@ -233,17 +266,17 @@ class _Planning:
         return self.dtype.accumulator
 
     def is_whole(self, nodes: Mapping[str, NodePlan]) -> bool:
-        """Whether a sample is one block in every node, and small enough to be collected first."""
+        """Whether a sample may be computed at once in every node, and is small enough to be collected."""
         rows = self.spec.sample.rows
-        if rows is None or rows * self.spec.row_bytes > self.run_bytes:
+        if rows is None or rows * self.spec.row_bytes > self.manner.whole_bytes:
             return False
-        return all(plan.blocks.rows == plan.out.rows for plan in nodes.values())
+        return all(plan.blocks.any_rows or plan.blocks.rows == plan.out.rows for plan in nodes.values())
 
     def stack(self, nodes: Mapping[str, NodePlan]) -> int:
         """Samples computed together: those whose maps fit a run."""
         sample = self.spec.sample.elements * self.spec.dtype.itemsize
         sample += sum(plan.out.elements * plan.out_dtype.itemsize for plan in nodes.values())
-        return max(1, min(self.spec.samples, self.run_bytes // sample))
+        return max(1, min(self.spec.samples, self.manner.run_bytes // sample))
 
     def results(self, block_rows: Mapping[str, int], whole: bool) -> tuple[ResultSpec, ...]:
         """What is announced of every output."""
@@ -261,6 +294,9 @@ class _Planning:
     def stacked_bytes(self, nodes: Mapping[str, NodePlan], stack: int) -> int:
         """Bytes of `stack` whole samples, of one more being collected, and of all their maps."""
         total = (stack + 1) * self.spec.sample.elements * self.spec.dtype.itemsize
+        for plan in nodes.values():
+            if INPUT in plan.node.inputs and plan.given_dtype != self.spec.dtype:
+                total += stack * self.spec.sample.elements * plan.given_dtype.itemsize
         return total + sum(stack * plan.out.elements * self._copies_bytes(plan) for plan in nodes.values())
 
     def flowing_bytes(self, nodes: Mapping[str, NodePlan]) -> int:

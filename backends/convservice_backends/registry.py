@@ -17,12 +17,19 @@ from convservice_backends.interface import Backend, Description
 
 GROUP = "convservice.backends"
 AUTO = "auto"
-PREFERENCE = ("numpy",)
+PREFERENCE = ("cupy", "numpy")
 """The order in which `auto` tries; names that are not here come last, in alphabetical order."""
 
 log = logging.getLogger(__name__)
 
 Factory = Callable[[], Backend]
+
+Watcher = Callable[[str, bool], None]
+"""Told a backend's name, and whether it serves."""
+
+
+def _nobody(name: str, serves: bool) -> None:
+    """The watcher of a registry that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class _Place:
     lock: threading.Lock = field(default_factory=threading.Lock)
     made: Backend | None = None
     refused: str = ""
+    failed: bool = False
 
 
 class Registry:
@@ -65,6 +73,25 @@ class Registry:
         found = _installed() if factories is None else factories
         self._places = {name: _Place(factory) for name, factory in found.items()}
         self._default = default
+        self._watcher: Watcher = _nobody
+
+    def watch(self, watcher: Watcher) -> None:
+        """Has `watcher` called with a backend's name: with True when it was constructed, with False when it
+        was found to have failed for good. Whatever was constructed before is told at once."""
+        self._watcher = watcher
+        for name, place in self._places.items():
+            with place.lock:
+                made = place.made is not None and not place.failed
+            if made:
+                watcher(name, True)
+
+    def review(self) -> None:
+        """Looks for backends that have failed for good, and tells the watcher."""
+        for name, place in self._places.items():
+            with place.lock:
+                made = place.made
+            if made is not None and made.failure:
+                self._fail(name, place, made.failure)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,7 +140,10 @@ class Registry:
             with place.lock:
                 made, place.made = place.made, None
             if made is not None:
-                made.close()
+                try:
+                    made.close()
+                except Exception:  # a third party's may raise anything; the others are closed all the same
+                    log.exception("backend %r could not be closed", made.name)
 
     def _get(self, name: str) -> Backend:
         place = self._places.get(name)
@@ -122,11 +152,29 @@ class Registry:
                 name, f"there is no backend {name!r}; known are {', '.join(self.names) or 'none'}"
             )
         with place.lock:
-            if place.made is None and not place.refused:
+            is_new = place.made is None and not place.refused
+            if is_new:
                 _construct(name, place)
-            if place.made is None:
-                raise self._unavailable(name, place.refused)
-            return place.made
+            made, refused = place.made, place.refused
+        if made is None:
+            raise self._unavailable(name, refused)
+        if is_new:
+            self._watcher(name, True)
+            with place.lock:
+                failed = place.failed
+            if failed:  # found out by another thread, and told, in between
+                self._watcher(name, False)
+        if made.failure:
+            self._fail(name, place, made.failure)
+            raise self._unavailable(name, f"backend {name!r} is out of service: {made.failure}")
+        return made
+
+    def _fail(self, name: str, place: _Place, why: str) -> None:
+        with place.lock:
+            known, place.failed = place.failed, True
+        if not known:
+            log.error("backend %r is out of service: %s", name, why)
+            self._watcher(name, False)
 
     def _unavailable(self, name: str, why: str) -> BackendUnavailable:
         return BackendUnavailable(

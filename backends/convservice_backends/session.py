@@ -7,7 +7,7 @@ Small samples that are one block in every layer go whole, several at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,13 +19,11 @@ from convservice.dtypes import DType, dtype_of
 from convservice.errors import InvalidRequest, Reason
 from convservice.geometry import SampleShape
 from convservice.network import INPUT
+from convservice_backends.arrays import Arrays
 from convservice_backends.interface import PreparedNetwork, Session
-from convservice_backends.operators import Operator, Run, Workspace
+from convservice_backends.operators import Operator, Run
 from convservice_backends.plan import NetworkPlan, NodePlan
-from convservice_backends.stages import Empty, Stage
-
-Convert = Callable[[Any, DType], Any]
-"""Rounds one of the backend's arrays to a dtype; hands it back as it is where it has that dtype."""
+from convservice_backends.stages import Stage
 
 Steps: TypeAlias = "Iterator[Band | Steps]"
 """A piece of the driver's work: bands, and further pieces to do first."""
@@ -39,16 +37,15 @@ class _Session:
         plan: how the tensor passes.
         operators: node id to operator.
         workspace: what operators borrow.
-        empty: allocates the backend's arrays.
-        convert: rounds them.
+        arrays: the backend's.
     """
 
     plan: NetworkPlan
-    operators: Mapping[str, Operator]
-    workspace: Workspace
-    empty: Empty
-    convert: Convert
-    _sample: int = field(default=0, init=False)
+    operators: Mapping[str, Operator[Any]]
+    workspace: Any
+    arrays: Arrays
+    sample: int = field(default=0, init=False)
+    """Number of the sample that comes next, or whose rows are coming."""
     _rows: int = field(default=0, init=False)
 
 
@@ -58,7 +55,7 @@ class FlowSession(_Session):
 
     def __post_init__(self) -> None:
         nodes = self.plan.nodes
-        self._stages = {name: Stage(node, self.operators[name], self.empty) for name, node in nodes.items()}
+        self._stages = {name: Stage(node, self.operators[name], self.arrays) for name, node in nodes.items()}
         self._first = [name for name, node in nodes.items() if INPUT in node.node.inputs]
 
     def submit(self, band: Band) -> Iterator[Band]:
@@ -80,6 +77,10 @@ class FlowSession(_Session):
             )
         yield from _bands(self._end())
 
+    def drain(self) -> Iterator[Band]:
+        """Nothing: what can be computed was handed on."""
+        return iter(())
+
     def close(self) -> None:
         """Gives the memory back."""
         self._stages = {}
@@ -91,7 +92,7 @@ class FlowSession(_Session):
             yield self._advance(name)
         for stage in self._stages.values():
             stage.begin()
-        self._sample += 1
+        self.sample += 1
         self._rows = 0
 
     def _feed(self, consumers: list[str] | tuple[str, ...], rows: Any) -> Steps:
@@ -106,9 +107,9 @@ class FlowSession(_Session):
         while (run := stage.next_run()) is not None:
             rows = stage.compute(*run, self.workspace)
             for output in stage.plan.outputs:
-                yield Band(self.convert(rows, self.plan.out_dtype), self._sample, run[0], output)
+                yield Band(self.arrays.convert(rows, self.plan.out_dtype), self.sample, run[0], output)
             if stage.plan.consumers:
-                yield self._feed(stage.plan.consumers, self.convert(rows, self.plan.dtype))
+                yield self._feed(stage.plan.consumers, self.arrays.convert(rows, self.plan.dtype))
 
 
 def _bands(steps: Steps) -> Iterator[Band]:
@@ -143,6 +144,10 @@ class WholeSession(_Session):
         """Nothing is left: a sample is computed when its last row has come."""
         return iter(())
 
+    def drain(self) -> Iterator[Band]:
+        """Nothing: what can be computed was handed on."""
+        return iter(())
+
     def close(self) -> None:
         """Gives the memory back."""
         self._partial = None
@@ -150,8 +155,9 @@ class WholeSession(_Session):
     def _collect(self, rows: Any, height: int) -> Iterator[Band]:
         spec = self.plan.spec
         if self._partial is None:
-            self._partial = self.empty((1, spec.sample.channels, height, *spec.sample.rest), spec.dtype)
-        self._partial[:, :, self._rows : self._rows + rows.shape[2]] = rows
+            shape = (1, spec.sample.channels, height, *spec.sample.rest)
+            self._partial = self.arrays.empty(shape, spec.dtype)
+        self.arrays.copy(rows, self._partial[:, :, self._rows : self._rows + rows.shape[2]])
         self._rows += rows.shape[2]
         if self._rows == height:
             self._rows = 0
@@ -161,15 +167,16 @@ class WholeSession(_Session):
         maps: dict[str, Any] = {INPUT: samples}
         count = int(samples.shape[0])
         for name, node in self.plan.nodes.items():
-            given = self.convert(maps[node.node.inputs[0]], node.given_dtype)
-            out = self.empty((count, node.out.channels, node.out.height, *node.out.rest), node.out_dtype)
+            given = self.arrays.convert(maps[node.node.inputs[0]], node.given_dtype)
+            shape = (count, node.out.channels, node.out.height, *node.out.rest)
+            out = self.arrays.empty(shape, node.out_dtype)
             run = Run(given, 0, node.given.height, 0, node.out.height, node.blocks)
             self.operators[name].compute(run, out, self.workspace)
             maps[name] = out
         for name, node in self.plan.nodes.items():
             for output in node.outputs:
-                yield Band(self.convert(maps[name], self.plan.out_dtype), self._sample, 0, output)
-        self._sample += count
+                yield Band(self.arrays.convert(maps[name], self.plan.out_dtype), self.sample, 0, output)
+        self.sample += count
 
 
 def run(
@@ -225,14 +232,13 @@ def _all_bands(session: Session, x: NDArray[Any], spec: TensorSpec) -> Iterator[
 
 def open_session(
     plan: NetworkPlan,
-    operators: Mapping[str, Operator],
-    workspace: Workspace,
-    empty: Empty,
-    convert: Convert,
-) -> Session:
+    operators: Mapping[str, Operator[Any]],
+    workspace: Any,
+    arrays: Arrays,
+) -> FlowSession | WholeSession:
     """The session that the plan asks for."""
     kind = WholeSession if plan.whole else FlowSession
-    return kind(plan, operators, workspace, empty, convert)
+    return kind(plan, operators, workspace, arrays)
 
 
 __all__ = ["FlowSession", "NodePlan", "WholeSession", "open_session", "run"]

@@ -7,19 +7,12 @@ may be dropped; the arithmetic is its operator's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from convservice.dtypes import DType
 from convservice.geometry import MAX_SIZE, first_row_kept
-from convservice_backends.operators import Operator, Run, Workspace
+from convservice_backends.arrays import Arrays
+from convservice_backends.operators import Operator, Run
 from convservice_backends.plan import NodePlan
-
-MOVED_BYTES = 1 << 18
-"""Bytes of rows moved at a time, if they are more than one row."""
-
-Empty = Callable[[tuple[int, ...], DType], Any]
-"""Allocates one of the backend's own arrays."""
 
 
 class RowBuffer:
@@ -28,8 +21,9 @@ class RowBuffer:
     Rows lie in order; when the end is reached, what is still needed moves to the front.
     """
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: Any, arrays: Arrays) -> None:
         self._array = array
+        self._arrays = arrays
         self._start = 0  # where in the array the first held row lies
         self.clear()
 
@@ -56,16 +50,17 @@ class RowBuffer:
         if self._start + held + count > self._array.shape[2]:
             self._move_to_front(held)
         end = self._start + held
-        self._array[:, :, end : end + count] = rows
+        self._arrays.copy(rows, self._array[:, :, end : end + count])
         self.seen += count
 
     def _move_to_front(self, held: int) -> None:
         """Moves the rows held, a few at a time: never onto rows that have still to move, by no large copy."""
-        step = min(self._start, max(1, MOVED_BYTES // max(1, self._array[:, :, :1].nbytes)))
+        row_bytes = max(1, self._array[:, :, :1].nbytes)
+        step = min(self._start, max(1, self._arrays.moved_bytes // row_bytes))
         for at in range(0, held, step):
             count = min(step, held - at)
             source = self._start + at
-            self._array[:, :, at : at + count] = self._array[:, :, source : source + count]
+            self._arrays.copy(self._array[:, :, source : source + count], self._array[:, :, at : at + count])
         self._start = 0
 
     def drop_before(self, row: int) -> None:
@@ -88,16 +83,16 @@ class Stage:
     Args:
         plan: how it works.
         operator: what computes.
-        empty: allocates the backend's arrays.
+        arrays: the backend's.
     """
 
-    def __init__(self, plan: NodePlan, operator: Operator, empty: Empty) -> None:
+    def __init__(self, plan: NodePlan, operator: Operator[Any], arrays: Arrays) -> None:
         self.plan = plan
         self._operator = operator
         self._held = RowBuffer(
-            empty((1, plan.given.channels, plan.capacity, *plan.given.rest), plan.given_dtype)
+            arrays.empty((1, plan.given.channels, plan.capacity, *plan.given.rest), plan.given_dtype), arrays
         )
-        self._out = empty((1, plan.out.channels, plan.run_rows, *plan.out.rest), plan.out_dtype)
+        self._out = arrays.empty((1, plan.out.channels, plan.run_rows, *plan.out.rest), plan.out_dtype)
         self.begin()
 
     def begin(self) -> None:
@@ -147,7 +142,7 @@ class Stage:
                 most = middle - 1
         return (first, self._clipped(first + fewest * step)) if fewest else None
 
-    def compute(self, first: int, last: int, workspace: Workspace) -> Any:
+    def compute(self, first: int, last: int, workspace: Any) -> Any:
         """Computes output rows first <= i < last and drops the input that nobody needs any more.
 
         Returns:

@@ -147,7 +147,7 @@ class ConvServicer(conv_pb2_grpc.ConvServiceServicer):
                 stream = self._service.open_stream(call)
                 with (
                     host.inbox(request_iterator, call, lambda: stream.between) as inbox,
-                    closing(stream.run(inbox)) as responses,
+                    closing(stream.run(inbox, lambda: inbox.has_next)) as responses,
                 ):
                     for response in responses:
                         with host.watchdog.watch(context.cancel):

@@ -63,6 +63,12 @@ class Inbox(Iterator[T], Generic[T]):
             self._slot.clear()
             self._condition.notify_all()
 
+    @property
+    def has_next(self) -> bool:
+        """Whether a message has come and not been taken yet."""
+        with self._condition:
+            return bool(self._slot)
+
     def drain(self) -> None:
         """Says that the server stops: between tensors the stream lingers for a moment and then ends."""
         with self._condition:

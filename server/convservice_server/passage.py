@@ -28,6 +28,14 @@ from convservice_server.store import Store
 
 log = logging.getLogger(__name__)
 
+AtHand = Callable[[], bool]
+"""Whether the next rows have already come."""
+
+
+def nothing_at_hand() -> bool:
+    """False: whoever does not know waits for no rows."""
+    return False
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -172,14 +180,17 @@ class Passage:
             metadata={"timeout_ms": str(self.request.timeout_ms)},
         )
 
-    def take(self, bands: Iterable[Band]) -> Iterator[Piece]:
-        """Takes the next rows and hands on the bytes that can now be computed, all of them."""
+    def take(self, bands: Iterable[Band], at_hand: AtHand = nothing_at_hand) -> Iterator[Piece]:
+        """Takes the next rows and hands on the bytes that can now be computed: all of them, unless more
+        rows are at hand already, which may be given to the backend first."""
         for band in bands:
             self.check()
             samples, _, rows = band.array.shape[:3]
             self.meter.rows += samples * rows
             if self._session is not None:
                 yield from self._pieces(self._session.submit(band))
+        if self._session is not None and not at_hand():
+            yield from self._pieces(self._session.drain())
         for index, packer in self._packers.values():
             yield from self._numbered(index, packer.flush())
         self.check()
@@ -207,10 +218,14 @@ class Passage:
         )
 
     def close(self) -> None:
-        """Gives back session, memory and network; more than once does no harm."""
+        """Gives back session, memory and network; more than once does no harm. A backend that has failed for
+        good goes out of service before the next request asks for it."""
         self._session = None
         self._packers = {}
-        self._stack.close()
+        try:
+            self._stack.close()
+        finally:
+            self._engine.registry.review()
 
     def log(self, error: ConvServiceError | None) -> None:
         """Writes the tensor's line, with `error` or OK as its status."""
@@ -283,8 +298,10 @@ def logged(passage: Passage) -> Generator[None]:
         error = as_error(exc)
         raise error from exc
     finally:
-        passage.close()
-        passage.log(error)
+        try:
+            passage.close()
+        finally:
+            passage.log(error)
 
 
 def _milliseconds(seconds: float) -> float:

@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from convservice.errors import ConvServiceError, Reason, ServiceUnavailable
+from convservice.errors import BackendUnavailable, ConvServiceError, Reason, ServiceUnavailable
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1 import conv_pb2_grpc
 from convservice_backends.registry import Registry
@@ -42,6 +42,11 @@ EXIT_CANNOT_START = 1
 EXIT_FORCED = 2
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BACKEND_SERVICE = "convservice.backend."
+"""Before a backend's name: the service under which health tells of that backend alone."""
+
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
 _LAST_WORDS = 0.2
 """Seconds for what is left when all work is done: watchers of health, calls refused in the last moment."""
 
@@ -108,12 +113,25 @@ class Server:
             self._started = True
         for name in ("", SERVICE_NAME):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._registry.watch(self._backend_changed)
         described = backend.describe()
         log.info(
             "serving",
             extra={"fields": {"port": self.port, "backend": backend.name, "device": described.device}},
         )
         return self.port
+
+    def _backend_changed(self, name: str, serves: bool) -> None:
+        """Keeps health true: of the backend's own service, and of the whole where none can take its place."""
+        status = health_pb2.HealthCheckResponse.SERVING if serves else _NOT_SERVING
+        self._health.set(BACKEND_SERVICE + name, status)
+        if serves:
+            return
+        try:
+            self._registry.resolve()
+        except BackendUnavailable:
+            for service in ("", SERVICE_NAME):
+                self._health.set(service, _NOT_SERVING)
 
     def stop(self, grace: float | None = None) -> bool:
         """Drains and stops; more than once does no harm.

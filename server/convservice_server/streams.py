@@ -20,7 +20,7 @@ from convservice.wire.headers import TensorRequest
 from convservice_backends.interface import SessionPlan
 from convservice_server.calls import Call, WaitEnded
 from convservice_server.faults import as_error, draining
-from convservice_server.passage import Engine, Packing, Passage, log_refused, logged
+from convservice_server.passage import AtHand, Engine, Packing, Passage, log_refused, logged, nothing_at_hand
 
 Requests = Iterator[pb.ConvolveStreamRequest]
 Responses = Generator[pb.ConvolveStreamResponse, None, None]
@@ -51,8 +51,12 @@ class TensorStream:
         """Whether no tensor is open, so that the stream may end here."""
         return self._receiver.between
 
-    def run(self, requests: Requests) -> Responses:
+    def run(self, requests: Requests, at_hand: AtHand = nothing_at_hand) -> Responses:
         """Answers requests until they end.
+
+        Args:
+            requests: the messages.
+            at_hand: whether the next message has come, so that results may wait while it is taken up.
 
         Raises:
             FramingError: a message that is not allowed where it came.
@@ -70,15 +74,15 @@ class TensorStream:
                 yield exchange.tensor_error(self._receiver.tensor_id, error)
                 event = None
             if isinstance(event, Opened):
-                yield from self._tensor(event.request, requests)
+                yield from self._tensor(event.request, requests, at_hand)
             while not self.between:  # what a failed tensor still had to come
                 self._receiver.receive(self._continued(requests))
 
-    def _tensor(self, request: TensorRequest, requests: Requests) -> Responses:
+    def _tensor(self, request: TensorRequest, requests: Requests, at_hand: AtHand) -> Responses:
         passage = Passage(self._engine, request, self._call, "ConvolveStream")
         try:
             with logged(passage):
-                for response in self._pass(passage, requests):
+                for response in self._pass(passage, requests, at_hand):
                     start = self._engine.clock()
                     yield response
                     passage.meter.send += self._engine.clock() - start
@@ -93,7 +97,7 @@ class TensorStream:
         else:
             yield exchange.tensor_done(request.tensor_id, passage.report())
 
-    def _pass(self, passage: Passage, requests: Requests) -> Responses:
+    def _pass(self, passage: Passage, requests: Requests, at_hand: AtHand) -> Responses:
         if self._is_draining():
             raise draining()
         number = passage.request.tensor_id
@@ -106,7 +110,7 @@ class TensorStream:
             if isinstance(event, Aborted):
                 raise Cancelled(f"the client aborted tensor {number}", reason=Reason.ABORTED)
             if isinstance(event, Rows | Ended):
-                for piece in passage.take(event.bands):
+                for piece in passage.take(event.bands, at_hand):
                     yield exchange.result_payload(number, *piece)
             if isinstance(event, Ended):
                 for piece in passage.finish():

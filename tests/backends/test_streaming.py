@@ -90,7 +90,7 @@ def test_the_memory_planned_does_not_depend_on_the_height(
     network = networks(rng)[name]
     prepared = backend.prepare(network, Precision.HIGH)
     peaks = set[int]()
-    for height in (3000, 16 * 3000, None):
+    for height in (100_000, 16 * 100_000, None):
         spec = TensorSpec(FLOAT32, SampleShape(2, height, (150,)), 1, 4)
         peaks.add(prepared.plan(spec).peak_bytes)
     assert len(peaks) == 1
@@ -110,10 +110,9 @@ def test_a_plan_of_terabytes_is_only_arithmetic(backend: Backend) -> None:
 def drained(session: Session, bands: Iterator[Band]) -> Iterator[int]:
     """Sends bands and the end, and hands on the rows of every band that comes back."""
     for given in bands:
-        for band in session.submit(given):
-            yield band.array.shape[2]
-    for band in session.finish():
-        yield band.array.shape[2]
+        for found in (session.submit(given), session.drain()):
+            yield from (band.array.shape[2] for band in found)
+    yield from (band.array.shape[2] for band in session.finish())
 
 
 def memory_taken(
@@ -199,7 +198,8 @@ def test_a_session_takes_no_more_memory_than_planned(
         for rows in (None, 14) if len(x) > 2 else (16, 3):
             taken, plan = memory_taken(backend, network, x, rows, out_dtype)
             workers = backend.describe().workers
-            assert taken <= plan.peak_bytes + OBJECTS, f"{workers} workers, bands of {rows} rows"
+            planned = plan.peak_bytes + workers * plan.device_bytes  # a device may be of the host's memory
+            assert taken <= planned + OBJECTS, f"{workers} workers, bands of {rows} rows"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,7 +293,7 @@ def test_work_that_is_no_longer_wanted_stops_within_a_block(
 
         def check(calls: list[int] = calls) -> None:
             calls[0] += 1
-            if calls[0] > 3:
+            if calls[0] > 1:
                 raise Cancelled("not wanted")
 
         session = prepared.open(prepared.plan(spec_of(x, None if whole else 8)), check)
@@ -303,7 +303,7 @@ def test_work_that_is_no_longer_wanted_stops_within_a_block(
         session.close()
         session.close()
         assert sum(came) < 600
-        assert calls[0] <= 4 + backend.describe().workers
+        assert calls[0] <= 2 + backend.describe().workers
 
 
 def test_a_session_that_is_given_up_harms_no_other(backend: Backend, rng: np.random.Generator) -> None:

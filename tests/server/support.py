@@ -53,7 +53,8 @@ class Double:
         self.prepared = 0
         self.prepare_gate = threading.Event()
         self.prepare_gate.set()
-        self.failure: Exception | None = None
+        self.error: Exception | None = None
+        self.failure = ""
         self.work: Callable[[], None] = lambda: None
         self.peak_bytes = 1000
         self.prepared_bytes = 0
@@ -76,8 +77,8 @@ class Double:
         self.entered.release()
         assert self.gate.wait(WAIT)
         self.work()
-        if self.failure is not None:
-            raise self.failure
+        if self.error is not None:
+            raise self.error
         check()
 
     def wait_for_block(self) -> None:
@@ -134,6 +135,9 @@ class DoubleSession:
             given = band.array[sample : sample + 1, :, row : row + 1]
             rows = np.einsum("oc,nc...->no...", weight, given).astype(dtype)
             yield Band(rows, band.sample + sample, band.first_row + row, name)
+
+    def drain(self) -> Iterator[Band]:
+        return iter(())
 
     def finish(self) -> Iterator[Band]:
         return iter(())

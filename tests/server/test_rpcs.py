@@ -149,13 +149,13 @@ def test_a_framing_error_is_a_status(served: Running) -> None:
 
 
 def test_an_unexpected_failure_is_internal(served: Running) -> None:
-    served.backend.failure = ZeroDivisionError()
+    served.backend.error = ZeroDivisionError()
     with pytest.raises(grpc.RpcError) as caught:
         served.stub.Convolve(unary(pointwise(), X), timeout=WAIT)
     error = error_of(caught.value)
     assert error.reason == Reason.INTERNAL
     assert error.metadata["incident"] in error.message
-    served.backend.failure = None
+    served.backend.error = None
     served.is_serving_others()
 
 

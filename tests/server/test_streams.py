@@ -254,7 +254,7 @@ def test_bands_as_high_as_the_tensor_take_no_more_than_was_reserved(data_format:
 def test_an_unexpected_failure_is_internal_and_has_an_incident(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bench.backend.failure = ZeroDivisionError("not for the client's eyes")
+    bench.backend.error = ZeroDivisionError("not for the client's eyes")
     results = collect(bench.run(*bench.tensor(0)))
     error = results[0].error
     assert error is not None
@@ -265,7 +265,7 @@ def test_an_unexpected_failure_is_internal_and_has_an_incident(
     (record,) = [record for record in caplog.records if record.exc_info]
     assert incident in record.getMessage()
     assert "not for the client's eyes" in caplog.text
-    bench.backend.failure = None
+    bench.backend.error = None
     assert collect(bench.run(*bench.tensor(0)))[0].done is not None
     assert bench.nothing_left()
 

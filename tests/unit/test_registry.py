@@ -21,6 +21,7 @@ class Fake:
     def __init__(self) -> None:
         type(self).made += 1
         self.closed = False
+        self.failure = ""
 
     def describe(self) -> Description:
         return Description("a device")

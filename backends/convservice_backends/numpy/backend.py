@@ -10,12 +10,10 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from convservice.bands import TensorSpec
 from convservice.dtypes import DType
@@ -24,17 +22,16 @@ from convservice.layers import Activation, Conv, Layer
 from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.interface import Check, Description, Session, SessionPlan
-from convservice_backends.numpy.elementwise import ActivationOperator, convert
+from convservice_backends.numpy.elementwise import ActivationOperator, NumpyArrays
 from convservice_backends.numpy.im2col import Im2colOperator
 from convservice_backends.numpy.workers import SessionWorkspace, Workers
-from convservice_backends.operators import Operator
-from convservice_backends.plan import NetworkPlan, plan_session
+from convservice_backends.plan import Manner, NetworkPlan, plan_session
+from convservice_backends.plan_cache import PlanCache
 from convservice_backends.session import open_session
 
 log = logging.getLogger(__name__)
 
-CACHED_NODES = 8
-"""Nodes of the largest network whose plans are kept."""
+NumpyOperator = Im2colOperator | ActivationOperator
 
 
 class NumpyBackend:
@@ -48,6 +45,7 @@ class NumpyBackend:
     """
 
     name: ClassVar[str] = "numpy"
+    failure = ""
 
     def __init__(self, workers: int | None = None) -> None:
         self._blas = _single_threaded_blas()
@@ -73,11 +71,8 @@ class NumpyNetwork:
     def __init__(self, network: Network, workers: Workers) -> None:
         self._network = network
         self._workers = workers
-        self._operators: dict[DType, Mapping[str, Operator]] = {}
-        # Small tensors of one shape come in their thousands; planning would be a good part of their time.
-        # A large network's plans would take more memory than they save time.
-        few = len(network.nodes) <= CACHED_NODES
-        self._plan = lru_cache(maxsize=64)(self._plan_anew) if few else self._plan_anew
+        self._operators: dict[DType, Mapping[str, NumpyOperator]] = {}
+        self._plans: PlanCache[NetworkPlan] = PlanCache(network)
         if network.tensors:
             self._in(network.tensors[0].dtype.accumulator)
 
@@ -93,20 +88,20 @@ class NumpyNetwork:
 
     def plan(self, spec: TensorSpec, out_dtype: DType | None = None) -> SessionPlan:
         """See `interface.PreparedNetwork`."""
-        return self._plan(spec, out_dtype)
+        return self._plans.get(spec, out_dtype, self._plan_anew)
 
     def _plan_anew(self, spec: TensorSpec, out_dtype: DType | None) -> NetworkPlan:
         operators = self._in(self._network.dtype(spec.dtype).accumulator)
-        return plan_session(self._network, operators, spec, out_dtype, workers=self._workers.count)
+        return plan_session(self._network, operators, spec, out_dtype, Manner(self._workers.count))
 
     def open(self, plan: SessionPlan, check: Check) -> Session:
         """See `interface.PreparedNetwork`."""
         if not isinstance(plan, NetworkPlan):
             raise InternalError("a session is opened with a plan of the same network", reason=Reason.INTERNAL)
         workspace = SessionWorkspace(self._workers, plan.scratch_bytes, check)
-        return open_session(plan, self._in(plan.dtype.accumulator), workspace, _empty, convert)
+        return open_session(plan, self._in(plan.dtype.accumulator), workspace, NumpyArrays())
 
-    def _in(self, accumulator: DType) -> Mapping[str, Operator]:
+    def _in(self, accumulator: DType) -> Mapping[str, NumpyOperator]:
         """The operators that sum in a type. A network without weights has them for each type it is given;
         making them twice at the same time is harmless."""
         found = self._operators.get(accumulator)
@@ -116,7 +111,7 @@ class NumpyNetwork:
         return found
 
 
-def _operator(layer: Layer, accumulator: DType) -> Operator:
+def _operator(layer: Layer, accumulator: DType) -> NumpyOperator:
     if isinstance(layer, Conv):
         return Im2colOperator(layer, accumulator)
     if isinstance(layer, Activation):
@@ -124,10 +119,6 @@ def _operator(layer: Layer, accumulator: DType) -> Operator:
     raise BackendUnavailable(
         f"backend 'numpy' has no {layer.type_name} layer", reason=Reason.BACKEND_UNAVAILABLE
     )
-
-
-def _empty(shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
-    return np.empty(shape, dtype.numpy)
 
 
 def _single_threaded_blas() -> str:

@@ -110,6 +110,24 @@ def convert(array: NDArray[Any], dtype: DType) -> NDArray[Any]:
     return out
 
 
+class NumpyArrays:
+    """NumPy's arrays, as stages and sessions ask for them; see `arrays.Arrays`."""
+
+    moved_bytes = 1 << 18
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
+        """A new array."""
+        return np.empty(shape, dtype.numpy)
+
+    def copy(self, source: NDArray[Any], target: NDArray[Any]) -> None:
+        """Fills `target` with `source`."""
+        target[...] = source
+
+    def convert(self, array: NDArray[Any], dtype: DType) -> NDArray[Any]:
+        """The array rounded to a dtype; the array itself where it has that dtype."""
+        return convert(array, dtype)
+
+
 class ActivationOperator:
     """An activation layer: rows in, the same rows out."""
 
@@ -147,4 +165,4 @@ class ActivationOperator:
         return task
 
 
-__all__ = ["ActivationOperator", "activation_function", "convert", "store", "temporary_bytes"]
+__all__ = ["ActivationOperator", "NumpyArrays", "activation_function", "convert", "store", "temporary_bytes"]
