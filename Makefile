@@ -7,6 +7,9 @@ PROTO_VENV ?= .venv-proto
 FLOOR_VENV ?= .venv-floor
 BENCH_VENV ?= .venv-bench
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+PARTS ?=
+GPU_EXTRA ?= cuda13
 EXTRAS := server,cli,bfloat16
 
 SHELL := /bin/bash
@@ -35,6 +38,22 @@ test-floor: $(FLOOR_VENV)/test.stamp ## run the quick tests on the lowest suppor
 .PHONY: test-install
 test-install: $(VENV)/test.stamp ## install the plain wheel elsewhere and call a server with it
 	tools/check-install $(PYTHON) $(VENV)
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/test.stamp ## on a GPU: the suite, every kernel form, compute-sanitizer (PARTS='suite forms')
+	PYTHON=$(VENV)/bin/python tools/test-gpu $(PARTS)
+
+.PHONY: gate
+gate: $(VENV)/test.stamp ## compile the CUDA kernels that changed, and a sample: no spills, registers as recorded
+	$(VENV)/bin/python -m tools.kernel_gate
+
+.PHONY: gate-full
+gate-full: $(VENV)/test.stamp ## the same for every kernel and architecture
+	$(VENV)/bin/python -m tools.kernel_gate --full
+
+.PHONY: gate-update
+gate-update: $(VENV)/test.stamp ## record in tools/kernels.txt what the kernels take now
+	$(VENV)/bin/python -m tools.kernel_gate --update
 
 .PHONY: lint
 lint: $(VENV)/lint.stamp ## ruff: rules and format
@@ -68,6 +87,10 @@ bench-convolution: $(BENCH_VENV)/bench.stamp ## time the backends beside PyTorch
 	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=67108864 OPENBLAS_NUM_THREADS=1 \
 		$(BENCH_VENV)/bin/python -m benchmarks.convolution
 
+.PHONY: bench-gpu
+bench-gpu: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: every algorithm beside cuDNN, each result validated first
+	$(BENCH_VENV)/bin/python -m benchmarks.gpu $(BENCH_ARGS)
+
 .PHONY: dev
 dev: $(VENV)/dev.stamp ## set up everything for an editor, and the commit hooks
 	$(VENV)/bin/pre-commit install
@@ -82,22 +105,28 @@ distclean: clean ## remove the virtual environments as well
 	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) $(BENCH_VENV)
 
 # A stamp FOLDER/GROUP.stamp says that the environment holds the project, editable, and that dependency group.
-$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python:
+$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python $(BENCH_VENV)/bin/python:
 	tools/make-venv $(PYTHON) $(@:/bin/python=)
 
-$(VENV)/%.stamp: $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group $*
+# What runs the tests has the emulator too, a distribution of its own.
+$(VENV)/%.stamp: $(VENV)/bin/python pyproject.toml tests/emulator/pyproject.toml
+	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' $(if $(filter test dev,$*),--editable tests/emulator) --group $*
 	@touch $@
 
 $(BENCH_VENV)/bench.stamp: $(BENCH_VENV)/bin/python pyproject.toml
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group bench
 	@touch $@
 
+# Where the driver speaks CUDA 12: make GPU_EXTRA=cuda12 bench-gpu
+$(BENCH_VENV)/bench-gpu.stamp: $(BENCH_VENV)/bin/python pyproject.toml
+	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS),$(GPU_EXTRA)]' --group bench --group demo
+	@touch $@
+
 $(PROTO_VENV)/proto.stamp: $(PROTO_VENV)/bin/python pyproject.toml
 	$(PROTO_VENV)/bin/python $(PIP_INSTALL) --group proto
 	@touch $@
 
-$(FLOOR_VENV)/test.stamp: $(FLOOR_VENV)/bin/python pyproject.toml tools/lowest_versions.py
+$(FLOOR_VENV)/test.stamp: $(FLOOR_VENV)/bin/python pyproject.toml tests/emulator/pyproject.toml tools/lowest_versions.py
 	$(FLOOR_VENV)/bin/python tools/lowest_versions.py pyproject.toml > $(FLOOR_VENV)/constraints.txt
-	$(FLOOR_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group test --constraint $(FLOOR_VENV)/constraints.txt
+	$(FLOOR_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --editable tests/emulator --group test --constraint $(FLOOR_VENV)/constraints.txt
 	@touch $@

@@ -57,6 +57,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield found
 
 
+@pytest.fixture(autouse=True)
+def within_means(request: pytest.FixtureRequest) -> None:
+    """Skips what is too large for its backend: a test marked with more multiply-adds than that one takes."""
+    marker = request.node.get_closest_marker("multiply_adds")
+    if marker is None or "backend" not in request.fixturenames:
+        return
+    found: Backend = request.getfixturevalue("backend")
+    (wanted,), most = marker.args, getattr(found, "most_multiply_adds", None)
+    if most is not None and wanted > most:
+        pytest.skip(f"it takes {wanted} multiply-adds; backend {found.name!r} is for tests of at most {most}")
+
+
 @pytest.fixture(scope="session")
 def variants(backend: Backend) -> Iterator[tuple[Backend, ...]]:
     """The backend, and beside it the same with 1, 2 and 3 workers where its constructor takes `workers`."""

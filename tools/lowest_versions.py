@@ -1,7 +1,8 @@
 """Prints a pip constraints file that holds every dependency to its declared floor.
 
 Given the path of a pyproject.toml, it reads the project's dependencies and extras and hands on one line
-`name==floor` for each, on standard output. A dependency without a floor is an error: nobody has tried it.
+`name==floor` for each, on standard output. What is pinned has no other version to try. A dependency without a
+floor is an error: nobody has tried it.
 """
 
 import re
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(\[[^]]*\])?\s*>=\s*(?P<floor>[0-9][0-9.]*)")
+PINNED = re.compile(r"[A-Za-z0-9._-]+\s*==")
 
 
 def lowest_versions(pyproject: Path) -> list[str]:
@@ -22,6 +24,8 @@ def lowest_versions(pyproject: Path) -> list[str]:
     groups: list[list[str]] = [project["dependencies"], *project["optional-dependencies"].values()]
     constraints: set[str] = set()
     for requirement in (requirement for group in groups for requirement in group):
+        if PINNED.match(requirement):
+            continue
         found = REQUIREMENT.match(requirement)
         if found is None:
             raise ValueError(

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from convservice.cli import bench, example, explain, filter, health, info, serve  # noqa: A004 - named as the command
+from convservice.cli import bench, example, explain, filter, health, info, serve, warm  # noqa: A004 - named as the command
 from convservice.cli.arguments import with_lists_joined
 from convservice.cli.outcome import EXIT_HELP, CommandFailed, Exit, status_of
 from convservice.cli.output import show_json
@@ -27,6 +27,7 @@ COMMANDS = (
     explain.COMMAND,
     filter.COMMAND,
     bench.COMMAND,
+    warm.COMMAND,
 )
 
 INTERRUPTED = 128 + signal.SIGINT

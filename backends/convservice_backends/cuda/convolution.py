@@ -1,0 +1,229 @@
+"""A convolution on a device: which algorithm computes it, and the arguments of a run of rows.
+
+Given a layer and the types of its rows, `ConvOperator` chooses an algorithm, packs the filters for it and,
+run by run, hands the algorithm a `Problem` and its launches to the stream. The geometry becomes three `Axis`
+structures whatever the rank: missing axes come first, with one output and one weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from convservice.dtypes import DType
+from convservice.errors import InternalError, InvalidRequest, Reason
+from convservice.geometry import MAX_SIZE, AxisWindow, PaddingMode, SampleShape
+from convservice.layers import FUNCTIONS, Conv
+from convservice.wire.enums import Precision
+from convservice_backends.cuda.algorithms import Algorithm, Case, Problem, choose
+from convservice_backends.cuda.arguments import AxisArguments, ConvArguments
+from convservice_backends.cuda.array import DeviceArray
+from convservice_backends.cuda.device import DeviceInfo, Memory, Transform
+from convservice_backends.cuda.workspace import DeviceWorkspace
+from convservice_backends.operators import Run
+from convservice_backends.plan import BlockPlan
+
+MOST_WORK = 200_000_000_000
+"""Multiply-adds of one launch at most, some milliseconds: a cancel is seen between launches."""
+
+FAR = 1 << 30
+"""A coordinate beyond any that a kernel meets."""
+
+MOST_HELD = 1 << 28
+"""Rows beyond any that a stage holds, its windows apart."""
+
+PADDING = {PaddingMode.ZEROS: 0, PaddingMode.REFLECT: 1, PaddingMode.REPLICATE: 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleBlockPlan(BlockPlan):
+    """A block plan that knows the sample it was made for.
+
+    Attributes:
+        sample: the whole feature map of one sample, as it was announced: where the height was not, its rows
+            are None, also once it is known.
+    """
+
+    sample: SampleShape
+
+
+class ConvOperator:
+    """One convolution, for rows of one type and width.
+
+    Args:
+        layer: the convolution.
+        given: dtype of the rows it reads, a float type.
+        sample: shape of the samples it is given; its rows are not looked at.
+        precision: what the caller allows.
+        info: the device.
+        algorithm: one to take wherever it fits.
+    """
+
+    def __init__(
+        self,
+        layer: Conv,
+        given: DType,
+        sample: SampleShape,
+        *,
+        precision: Precision,
+        info: DeviceInfo,
+        algorithm: str | None = None,
+    ) -> None:
+        self._layer = layer
+        self._given = given
+        case = Case(
+            layer, given, sample.row_elements, precision, info.architecture, reach=_reach(layer, sample)
+        )
+        self.algorithm: Algorithm = choose(case, algorithm)
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name."""
+        return self.algorithm.name
+
+    @property
+    def packing(self) -> tuple[Hashable, ...]:
+        """What its weights on the device depend on beside the layer: the rows' dtype, algorithm, form."""
+        return (self._given, self.algorithm.name, self.algorithm.packing)
+
+    def weights(self) -> tuple[NDArray[Any], ...]:
+        """What has to be on the device: the filters as packed, and the thresholds where there are any."""
+        filters = np.ascontiguousarray(self.algorithm.pack())
+        if self._layer.bias is None:
+            return (filters,)
+        return (filters, self._layer.bias.astype(self._given.accumulator.numpy))
+
+    def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
+        """Any rows give the same bits, beginning at a multiple of the algorithm's quantum."""
+        positions = math.prod(out.rest)
+        if positions > MAX_SIZE:
+            raise InvalidRequest(
+                f"a row of a feature map has at most {MAX_SIZE} positions on a device, not {positions}",
+                reason=Reason.SIZE_OVERFLOW,
+                metadata={"positions": str(positions), "maximum": str(MAX_SIZE)},
+            )
+        quantum = self.algorithm.quantum
+        return SampleBlockPlan(self.algorithm.name, quantum, out.rest, 0, any_rows=True, sample=out)
+
+    def scratch_bytes(self, out: SampleShape, rows: int, samples: int) -> int:
+        """Working memory for runs of at most so many rows of so many samples."""
+        at_once = self._rows_at_once(out, rows, samples)
+        if at_once < rows:  # fewer samples may take a few rows more each
+            at_once += self.algorithm.quantum
+        return self.algorithm.scratch_bytes(out, at_once, samples)
+
+    def compute(
+        self, run: Run, out: DeviceArray, workspace: DeviceWorkspace, weights: tuple[Memory, ...]
+    ) -> None:
+        """Writes output rows first <= i < last to `out`."""
+        if not isinstance(run.blocks, SampleBlockPlan):
+            raise InternalError("a run is computed with the operator's own plan", reason=Reason.INTERNAL)
+        whole = run.blocks.sample
+        step = self._rows_at_once(whole, run.last - run.first, out.shape[0])
+        for first in range(run.first, run.last, step):
+            last = min(first + step, run.last)
+            part = out[:, :, first - run.first : last - run.first]
+            self._check_scratch(self.algorithm.scratch_bytes(whole, last - first, out.shape[0]), workspace)
+            problem = self._problem(run, first, part, whole=whole, workspace=workspace, weights=weights)
+            for work in self.algorithm.launches(problem):
+                if isinstance(work, Transform):
+                    workspace.stream.transform(work)
+                else:
+                    workspace.stream.launch(work)
+            workspace.check()
+
+    def _rows_at_once(self, out: SampleShape, rows: int, samples: int) -> int:
+        """Output rows of one launch: at most `MOST_WORK`, a multiple of the quantum."""
+        work = out.row_elements * samples * math.prod(self._layer.filters.shape[1:])
+        quantum = self.algorithm.quantum
+        most = min(MOST_WORK // max(1, work), MAX_SIZE // math.prod(out.rest)) // quantum * quantum
+        return max(1, min(rows, max(quantum, most)))
+
+    @staticmethod
+    def _check_scratch(wanted: int, workspace: DeviceWorkspace) -> None:
+        """A launch must find the working memory that was planned for it."""
+        there = 0 if workspace.scratch is None else workspace.scratch.nbytes
+        if wanted > there:
+            raise InternalError(
+                f"a launch wants {wanted} bytes of working memory, {there} were planned",
+                reason=Reason.INTERNAL,
+            )
+
+    def _problem(
+        self,
+        run: Run,
+        first: int,
+        out: DeviceArray,
+        *,
+        whole: SampleShape,
+        workspace: DeviceWorkspace,
+        weights: tuple[Memory, ...],
+    ) -> Problem:
+        layer, rows = self._layer, run.rows
+        arguments = ConvArguments(
+            input=rows.address,
+            filters=weights[0].address,
+            thresholds=weights[1].address if len(weights) > 1 else 0,
+            output=out.address,
+            input_sample=rows.strides[0],
+            input_channel=rows.strides[1],
+            output_sample=out.strides[0],
+            output_channel=out.strides[1],
+            axes=tuple(self._axes(run, first, out)),
+            samples=out.shape[0],
+            groups=layer.groups,
+            group_in=layer.in_channels // layer.groups,
+            group_out=layer.out_channels // layer.groups,
+            taps=math.prod(layer.kernel),
+            positions=math.prod(out.shape[2:]),
+            padding=PADDING[layer.padding_mode],
+            activation=FUNCTIONS.index(layer.activation.function),
+            splits=1,
+            slope=layer.activation.negative_slope,
+        )
+        holds = (rows.memory, out.memory, *weights)
+        return Problem(arguments, whole, out.dtype, workspace.scratch, workspace.info.processors, holds)
+
+    def _axes(self, run: Run, first: int, out: DeviceArray) -> Iterator[AxisArguments]:
+        """The three axes of one launch, the innermost last."""
+        rest = run.rows.shape[3:]
+        windows = self._layer.windows(SampleShape(run.rows.shape[1], run.height, rest))
+        for _ in range(3 - len(windows)):
+            yield AxisArguments(count=1, low=0, high=1, kernel=1, stride=1, dilation=1, step=0)
+        sizes = (run.height, *rest)
+        steps = [math.prod(rest[axis:]) for axis in range(len(windows))]
+        for axis, (window, size, step) in enumerate(zip(windows, sizes, steps, strict=True)):
+            held_from, begin = (run.first_row, first) if axis == 0 else (0, 0)
+            count = out.shape[2 + axis]
+            yield _axis(window, size, step, held_from=held_from, first=begin, count=count)
+
+
+def _reach(layer: Conv, sample: SampleShape) -> int:
+    """How far from 0 a coordinate may lie that a window looks at; along rows, which count from the first
+    held, beyond what any run holds."""
+    reaches: list[int] = []
+    for axis, (window, size) in enumerate(zip(layer.windows(sample), sample.spatial, strict=True)):
+        inside = min(MOST_HELD, MAX_SIZE if size is None else size) if axis == 0 else size or 0
+        reaches.append(window.before + inside + window.after + window.extent + window.stride)
+    return max(reaches)
+
+
+def _axis(
+    window: AxisWindow, size: int | None, step: int, *, held_from: int, first: int, count: int
+) -> AxisArguments:
+    """One axis, in coordinates that count from the first element held."""
+    return AxisArguments(
+        count=count,
+        start=first * window.stride - window.before - held_from,
+        low=max(-held_from, -FAR),
+        high=FAR if size is None else size - held_from,
+        kernel=window.kernel,
+        stride=window.stride,
+        dilation=window.dilation,
+        step=step,
+    )

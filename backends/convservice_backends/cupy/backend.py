@@ -1,0 +1,174 @@
+"""The CuPy backend: convolution on NVIDIA GPUs.
+
+Its constructor finds out, step by step, whether it can work here: CuPy and a driver are there, CuPy
+imports, the driver sees a device, a kernel compiles, runs, and gives the worked example's answer. The first
+step that fails is the reason that `info` and the log show. All else is `cuda.backend.CudaBackend`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+
+import convservice
+from convservice.errors import BackendUnavailable, ConvServiceError, Reason
+from convservice.layers import Conv
+from convservice.network import Network
+from convservice.wire.enums import Precision
+from convservice_backends.cuda.algorithms import NAMES
+from convservice_backends.cuda.backend import CudaBackend
+from convservice_backends.cupy.cache import KernelCache
+from convservice_backends.cupy.device import CupyDevice
+from convservice_backends.session import run
+
+log = logging.getLogger(__name__)
+
+MEMORY_VARIABLE = "CONVSERVICE_DEVICE_MEMORY"
+"""Environment: bytes that may be taken of each device's memory."""
+
+ALGORITHM_VARIABLE = "CONVSERVICE_CUDA_ALGORITHM"
+"""Environment: a convolution algorithm to take wherever it fits."""
+
+DRIVER = "libcuda.so.1"
+"""The driver's library, on Linux."""
+
+INSTALL = "pip install 'convservice[server,cuda13]' (or cuda12, as the driver demands)"
+
+INPUT = ((3, 3, 2, 1, 0), (0, 0, 1, 3, 1), (3, 1, 2, 2, 3), (2, 0, 0, 2, 2), (2, 0, 0, 0, 1))
+FILTER = ((0, 1, 2), (2, 2, 0), (0, 1, 2))
+FEATURE_MAP = ((12, 12, 17), (10, 17, 19), (9, 6, 14))
+
+
+class CupyBackend(CudaBackend):
+    """Convolution on all GPUs of the first one's model.
+
+    Args:
+        algorithm: a convolution algorithm to take wherever it fits; the environment's where not given.
+
+    Raises:
+        BackendUnavailable: CuPy is not installed, no device answers, or the trial kernel's answer is wrong.
+    """
+
+    name: ClassVar[str] = "cupy"
+
+    def __init__(self, algorithm: str | None = None) -> None:
+        cupy = _imported()
+        cache = KernelCache()
+        super().__init__(
+            _devices(cupy, cache),
+            _versions(cupy, cache),
+            algorithm=algorithm or _algorithm(),
+        )
+        try:
+            _try(self)
+        except BaseException:
+            self.close()
+            raise
+
+
+def _imported() -> Any:
+    """The module `cupy`; it is large, and is not imported where there is no driver."""
+    if find_spec("cupy") is None:
+        raise _unavailable(f"CuPy is not installed: {INSTALL}")
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError as exc:
+        raise _unavailable(f"there is no NVIDIA driver here ({exc})") from exc
+    try:
+        import cupy
+    except Exception as exc:  # a part that is missing or does not fit shows as any kind of error
+        raise _unavailable(f"CuPy cannot be imported ({type(exc).__name__}: {exc}): {INSTALL}") from exc
+    return cupy
+
+
+def _devices(cupy: Any, cache: KernelCache) -> list[CupyDevice]:
+    """The visible devices that answer, of the first such one's model."""
+    if not cupy.cuda.is_available():
+        raise _unavailable("CuPy finds no usable CUDA device (is there a driver, and is a GPU visible?)")
+    try:
+        count = int(cupy.cuda.runtime.getDeviceCount())
+    except cupy.cuda.runtime.CUDARuntimeError as exc:
+        raise _unavailable(f"the CUDA driver does not answer: {exc}") from exc
+    if not count:
+        raise _unavailable("the CUDA driver sees no device")
+    limit, found = _memory_limit(), list[CupyDevice]()
+    names = [
+        _model(cupy, ordinal) for ordinal in range(count)
+    ]  # needs no context on a device that is not used
+    refused = ""
+    for ordinal, name in enumerate(names):
+        if found and name != found[0].info.name:
+            log.info("CUDA device %d is not used: it is a %s, the first is a %s", ordinal, name, names[0])
+            continue
+        try:
+            found.append(CupyDevice(ordinal, cache.path, limit))
+        except ConvServiceError as exc:
+            refused = exc.message
+            log.warning("CUDA device %d is not used: %s", ordinal, refused)
+    if not found:
+        raise _unavailable(f"no CUDA device answers: {refused}")
+    return found
+
+
+def _model(cupy: Any, ordinal: int) -> str:
+    return str(cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode())
+
+
+def _versions(cupy: Any, cache: KernelCache) -> dict[str, str]:
+    """What bits depend on beside the device's model."""
+    runtime = cupy.cuda.runtime
+    return {
+        "convservice": convservice.__version__,
+        "cupy": str(cupy.__version__),
+        "cuda_driver": _dotted(int(runtime.driverGetVersion())),
+        "nvrtc": cache.compiler_version,
+    }
+
+
+def _dotted(version: int) -> str:
+    """CUDA's way to write a version, 13000, as people write it."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _memory_limit() -> int | None:
+    text = os.environ.get(MEMORY_VARIABLE, "")
+    if not text:
+        return None
+    if not text.isdecimal() or not int(text):
+        raise _unavailable(f"{MEMORY_VARIABLE} must be a number of bytes, not {text!r}")
+    return int(text)
+
+
+def _algorithm() -> str | None:
+    wanted = os.environ.get(ALGORITHM_VARIABLE) or None
+    if wanted is not None and wanted not in NAMES:
+        raise _unavailable(f"{ALGORITHM_VARIABLE} must be one of {', '.join(NAMES)}, not {wanted!r}")
+    return wanted
+
+
+def _try(backend: CudaBackend) -> None:
+    """Runs the worked example and compares its answer.
+
+    Raises:
+        BackendUnavailable: it could not be run, or the answer is wrong.
+    """
+    x = np.array(INPUT, np.float32)[None, None]
+    network = Network([Conv(np.array(FILTER, np.float32)[None, None])])
+    try:
+        found = run(backend.prepare(network, Precision.HIGH), x)
+    except ConvServiceError as exc:
+        raise _unavailable(f"the trial kernel failed: {exc.message}") from exc
+    (answer,) = found.values()
+    if not np.array_equal(answer[0, 0], np.array(FEATURE_MAP)):
+        raise _unavailable(
+            f"the trial kernel gave {answer[0, 0].tolist()} for the worked example, expected {FEATURE_MAP}"
+        )
+
+
+def _unavailable(why: str) -> BackendUnavailable:
+    return BackendUnavailable(why, reason=Reason.BACKEND_UNAVAILABLE)

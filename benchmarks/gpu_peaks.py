@@ -1,0 +1,68 @@
+"""What GPUs can do at best, by their maker's word: what a measured rate is a share of.
+
+`peaks_of` is given a device's name as the driver has it and hands on its `Peaks`, or None for a model that is
+not listed. Dense rates, without sparsity, products accumulated in float32, boost clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """One model.
+
+    Attributes:
+        pattern: words that its name must contain.
+        rates: precision as in the table to TFLOP/s of the unit that is made for it.
+        bandwidth: of device memory, GB/s.
+        source: where the figures are from.
+    """
+
+    pattern: tuple[str, ...]
+    rates: dict[str, float]
+    bandwidth: float
+    source: str
+
+    def rate(self, precision: str) -> float | None:
+        """TFLOP/s of the unit for a precision; None where it has none."""
+        return self.rates.get(precision)
+
+
+def _rates(float32: float, tf32: float | None, half: float, bfloat16: float | None) -> dict[str, float]:
+    found = {"float32": float32, "float16": half}
+    if tf32 is not None:
+        found["tf32"] = tf32
+    if bfloat16 is not None:
+        found["bfloat16"] = bfloat16
+    return found
+
+
+PEAKS = (
+    Peaks(("H200",), _rates(66.9, 494.7, 989.4, 989.4), 4800, "NVIDIA H200 datasheet, SXM"),
+    Peaks(("H100", "PCIe"), _rates(51.2, 378, 756, 756), 2000, "NVIDIA H100 datasheet, PCIe"),
+    Peaks(("H100", "NVL"), _rates(60, 417.5, 835.5, 835.5), 3900, "NVIDIA H100 datasheet, NVL"),
+    Peaks(("H100",), _rates(66.9, 494.7, 989.4, 989.4), 3350, "NVIDIA H100 datasheet, SXM"),
+    Peaks(("A100", "40GB"), _rates(19.5, 156, 312, 312), 1555, "NVIDIA A100 datasheet, 40 GB"),
+    Peaks(("A100", "PCI"), _rates(19.5, 156, 312, 312), 1935, "NVIDIA A100 datasheet, 80 GB PCIe"),
+    Peaks(("A100",), _rates(19.5, 156, 312, 312), 2039, "NVIDIA A100 datasheet, 80 GB SXM"),
+    Peaks(("RTX 4090",), _rates(82.6, 82.6, 165.2, 165.2), 1008, "NVIDIA Ada architecture whitepaper"),
+    Peaks(("T4",), _rates(8.1, None, 65, None), 320, "NVIDIA T4 datasheet"),
+    Peaks(("L4",), _rates(30.3, 60, 121, 121), 300, "NVIDIA L4 datasheet, without sparsity"),
+)
+"""The first whose words are all in a name is taken."""
+
+
+def peaks_of(name: str) -> Peaks | None:
+    """The peaks of a device by the name that its driver gives it."""
+    words = name.replace("-", " ").split()
+    for peaks in PEAKS:
+        if all(_named(part, name, words) for part in peaks.pattern):
+            return peaks
+    return None
+
+
+def _named(part: str, name: str, words: list[str]) -> bool:
+    """Whether a name has these words: whole ones where they are short, so that an L40 is no L4."""
+    return part in words if len(part) < 3 else part in name

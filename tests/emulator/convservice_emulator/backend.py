@@ -1,0 +1,43 @@
+"""The emulator as a backend: the CUDA backend of ConvService on emulated devices."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from convservice_backends.cuda.backend import CudaBackend
+from convservice_backends.cuda.device import DeviceInfo
+from convservice_emulator.build import Compiler
+from convservice_emulator.device import INFO, EmulatedDevice
+from convservice_emulator.streams import Policy
+
+
+class EmulatorBackend(CudaBackend):
+    """Convolution by the project's CUDA kernels, without a GPU.
+
+    Args:
+        workers: devices, over which samples are spread; 1 where not given.
+        algorithm: a convolution algorithm to take wherever it fits.
+        policy: when queued work runs.
+        order: in which threads and blocks run; all three in turn where not given.
+        info: what each device says that it is.
+
+    Raises:
+        BackendUnavailable: there is no C++ compiler.
+    """
+
+    name: ClassVar[str] = "emulator"
+    most_multiply_adds: ClassVar[int] = 50_000_000
+    """What a test may ask of it: a second's work or so."""
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        algorithm: str | None = None,
+        policy: Policy = Policy.OTHERS_FIRST,
+        order: int | None = None,
+        info: DeviceInfo = INFO,
+    ) -> None:
+        compiler = Compiler()
+        devices = [EmulatedDevice(compiler, info, policy, order) for _ in range(workers or 1)]
+        super().__init__(devices, {"compiler": compiler.version}, algorithm=algorithm)
