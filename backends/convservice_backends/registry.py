@@ -88,8 +88,7 @@ class Registry:
     def review(self) -> None:
         """Looks for backends that have failed for good, and tells the watcher."""
         for name, place in self._places.items():
-            with place.lock:
-                made = place.made
+            made = place.made  # without its lock, which is held as long as a backend is being constructed
             if made is not None and made.failure:
                 self._fail(name, place, made.failure)
 

@@ -7,7 +7,7 @@ Small samples that are one block in every layer go whole, several at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,6 +29,11 @@ Steps: TypeAlias = "Iterator[Band | Steps]"
 """A piece of the driver's work: bands, and further pieces to do first."""
 
 
+def never() -> bool:
+    """False: what can be computed is."""
+    return False
+
+
 @dataclass(eq=False)
 class _Session:
     """What both kinds of sessions are made of.
@@ -36,14 +41,17 @@ class _Session:
     Attributes:
         plan: how the tensor passes.
         operators: node id to operator.
-        workspace: what operators borrow.
+        workspace: what operators borrow; None after `close`.
         arrays: the backend's.
+        may_wait: whether rows may be collected into larger runs, because nothing would begin sooner if they
+            were handed to the operators now.
     """
 
     plan: NetworkPlan
     operators: Mapping[str, Operator[Any]]
     workspace: Any
     arrays: Arrays
+    may_wait: Callable[[], bool] = never
     sample: int = field(default=0, init=False)
     """Number of the sample that comes next, or whose rows are coming."""
     _rows: int = field(default=0, init=False)
@@ -78,18 +86,20 @@ class FlowSession(_Session):
         yield from _bands(self._end())
 
     def drain(self) -> Iterator[Band]:
-        """Nothing: what can be computed was handed on."""
-        return iter(())
+        """Hands on what was left to wait for more rows; see `interface.Session`."""
+        if self._rows:  # a sample of which nothing has come may never come
+            for name in self._stages:
+                yield from _bands(self._advance(name, never))
 
     def close(self) -> None:
         """Gives the memory back."""
-        self._stages = {}
+        self._stages, self.operators, self.workspace = {}, {}, None
 
     def _end(self) -> Steps:
         """Ends a sample in every stage, in topological order, and begins the next."""
         for name, stage in self._stages.items():
             stage.end()
-            yield self._advance(name)
+            yield self._advance(name, never)
         for stage in self._stages.values():
             stage.begin()
         self.sample += 1
@@ -100,11 +110,14 @@ class FlowSession(_Session):
             stage, at = self._stages[name], 0
             while at < rows.shape[2]:
                 at += stage.put(rows[:, :, at:])
-                yield self._advance(name)
+                yield self._advance(name, self.may_wait)
 
-    def _advance(self, name: str) -> Steps:
+    def _advance(self, name: str, may_wait: Callable[[], bool]) -> Steps:
+        """Computes what can be computed in a stage; a run that could be larger may wait for more rows."""
         stage = self._stages[name]
         while (run := stage.next_run()) is not None:
+            if stage.may_grow(*run) and may_wait():
+                return
             rows = stage.compute(*run, self.workspace)
             for output in stage.plan.outputs:
                 yield Band(self.arrays.convert(rows, self.plan.out_dtype), self.sample, run[0], output)
@@ -150,7 +163,7 @@ class WholeSession(_Session):
 
     def close(self) -> None:
         """Gives the memory back."""
-        self._partial = None
+        self._partial, self.operators, self.workspace = None, {}, None
 
     def _collect(self, rows: Any, height: int) -> Iterator[Band]:
         spec = self.plan.spec
@@ -235,10 +248,11 @@ def open_session(
     operators: Mapping[str, Operator[Any]],
     workspace: Any,
     arrays: Arrays,
+    may_wait: Callable[[], bool] = never,
 ) -> FlowSession | WholeSession:
-    """The session that the plan asks for."""
+    """The session that the plan asks for; the arguments are those of its class."""
     kind = WholeSession if plan.whole else FlowSession
-    return kind(plan, operators, workspace, arrays)
+    return kind(plan, operators, workspace, arrays, may_wait)
 
 
 __all__ = ["FlowSession", "NodePlan", "WholeSession", "open_session", "run"]

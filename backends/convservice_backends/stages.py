@@ -142,6 +142,10 @@ class Stage:
                 most = middle - 1
         return (first, self._clipped(first + fewest * step)) if fewest else None
 
+    def may_grow(self, first: int, last: int) -> bool:
+        """Whether a run would be larger if more rows came first, and there is room for them."""
+        return last - first < self.plan.run_rows and self._held.room > 0 and last != self._out_rows
+
     def compute(self, first: int, last: int, workspace: Any) -> Any:
         """Computes output rows first <= i < last and drops the input that nobody needs any more.
 

@@ -60,6 +60,9 @@ SETUPS = {
     ),
     "parts of rows": Setup(conv(4, 6, 3, 3, padding=1, activation="silu"), (1, 6, 9, 7001)),
     "deep": Setup(conv(33, 130, 3, 3), (2, 130, 40, 23)),
+    "deep float16": Setup(
+        conv(16, 256, 3, 3, dtype=dtype_of("float16"), padding=1), (2, 256, 40, 8), dtype_of("float16")
+    ),
     "depthwise": Setup(conv(16, 1, 3, 3, groups=16, padding="same", dilation=2), (2, 16, 120, 47)),
     "1-D": Setup(conv(5, 2, 9, stride=3, padding=4, padding_mode="replicate"), (2, 2, 5000)),
     "3-D": Setup(conv(4, 2, 3, 3, 3, padding=1, activation="sigmoid"), (2, 2, 40, 21, 33)),
@@ -168,14 +171,21 @@ def test_a_height_that_is_told_at_the_end_changes_nothing_in_tall_samples(
     assert compared >= 5
 
 
-def test_rows_of_whole_blocks_do_not_depend_on_the_height(backend: Backend, rng: np.random.Generator) -> None:
-    network = conv(8, 3, 3, 3)(rng)
-    x = random_array(rng, (1, 3, 700, 90), FLOAT32)
+@pytest.mark.parametrize(
+    ("weight", "width", "dtype"),
+    [((8, 3, 3, 3), 90, "float32"), ((16, 256, 3, 3), 8, "float32"), ((16, 256, 3, 3), 8, "float16")],
+    ids=["shallow", "deep", "deep float16"],
+)
+def test_rows_of_whole_blocks_do_not_depend_on_the_height(
+    backend: Backend, weight: tuple[int, ...], width: int, dtype: str, rng: np.random.Generator
+) -> None:
+    network = conv(*weight, dtype=dtype_of(dtype))(rng)
+    x = random_array(rng, (1, weight[1], 700 if width > 8 else 360, width), dtype_of(dtype))
     prepared = prepared_on(backend, network)
     block = prepared.plan(spec_of(x)).block_rows["layer0"]
     assert block < 300
     whole = run(prepared, x)["output"]
-    for height in (block + 2, 2 * block + 1, 333, 699):
+    for height in (block + 2, 2 * block + 1, 333, x.shape[2] - 1):
         found = run(prepared, x[:, :, :height])["output"]
         assert_same_bits({"o": whole[:, :, : found.shape[2]]}, {"o": found}, f"height {height}")
 

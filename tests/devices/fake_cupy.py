@@ -7,6 +7,8 @@ the emulator compiles it. Names and arguments are CuPy's; `test_cupy.py` checks 
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
@@ -95,21 +97,37 @@ class Pointer:
 
 
 class MemoryPool:
+    """As CuPy's: what is given back is kept for the next of the same size, counts, and does not give way by
+    itself to what the limit has no more room for."""
+
     def __init__(self) -> None:
         self.limit = 0
+        self._total = 0
+        self._free: deque[int] = deque()
 
     def set_limit(self, size: int) -> None:
+        assert size > 0, "0 is no limit"
         self.limit = size
 
+    def total_bytes(self) -> int:
+        return self._total
+
     def malloc(self, size: int) -> Pointer:
-        if size > self.limit:
+        if size in self._free:
+            self._free.remove(size)
+        elif self._total + size > self.limit:
             raise OutOfMemoryError(
                 f"Out of memory allocating {size} bytes (limit set to: {self.limit} bytes)."
             )
-        return Pointer(size)
+        else:
+            self._total += size
+        pointer = Pointer(size)
+        weakref.finalize(pointer, self._free.append, size).atexit = False
+        return pointer
 
     def free_all_blocks(self) -> None:
-        pass
+        while self._free:
+            self._total -= self._free.popleft()
 
 
 def view(address: int, nbytes: int) -> NDArray[np.uint8]:
@@ -139,6 +157,8 @@ class FakeCupy:
 
     Attributes:
         devices: names of the devices.
+        processors: multiprocessors of each.
+        on_launch: told of each kernel.
         before_launch: called before each kernel; raises what a broken device would.
     """
 
@@ -147,8 +167,9 @@ class FakeCupy:
 
     def __init__(self, folder: Path) -> None:
         self.devices = ["fake"]
-        self.available = True
         self.works = True
+        self.processors = 4
+        self.on_launch: Callable[[Kernel], None] = lambda kernel: None
         self.before_launch: Callable[[], None] = lambda: None
         self.after_launch: Callable[[], None] = lambda: None
         self._folder = folder
@@ -166,7 +187,6 @@ class FakeCupy:
             memcpyAsync=self._copy,
         )
         self.cuda = SimpleNamespace(
-            is_available=lambda: self.available,
             runtime=runtime,
             driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError, Memory=Pointer),
@@ -202,6 +222,7 @@ class FakeCupy:
 
     def launch(self, kernel: Kernel, grid: tuple[int, int, int], arguments: bytes, dynamic: int) -> None:
         self.before_launch()
+        self.on_launch(kernel)
         self._compiler.library(kernel).launch(arguments, grid, dynamic, 0, 0)
         self.after_launch()
 
@@ -221,7 +242,7 @@ class FakeCupy:
 
     def _properties(self, ordinal: int) -> dict[str, Any]:
         name = self.devices[ordinal].encode()
-        return {"name": name, "major": 9, "minor": 0, "multiProcessorCount": 4}
+        return {"name": name, "major": 9, "minor": 0, "multiProcessorCount": self.processors}
 
     @staticmethod
     def _copy(target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
@@ -249,7 +270,7 @@ class PlanNd:
         last_size: int,
     ) -> None:
         assert cupy.allocator is not None, "its working memory comes from the device's pool"
-        cupy.allocator(64)
+        self._working = cupy.allocator(64)
         cupy.plans += 1
         half = (*shape[:-1], shape[-1] // 2 + 1)
         assert (inembed, onembed) == ((shape, half) if fft_type == 106 else (half, shape))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -75,6 +78,36 @@ def test_the_longest_unused_weights_make_room(memory: DeviceMemory) -> None:
         with memory.weights(("net", key), packs[key]):
             pass
         assert packs[key].times == times, key
+
+
+def test_what_cannot_be_had_makes_no_room(memory: DeviceMemory) -> None:
+    pack = Packing(30)
+    with memory.weights(("net", 0), pack):
+        pass
+    memory.promise(60 * KIB)
+    for nbytes in (41 * KIB, 200 * KIB):
+        with pytest.raises(ResourceExhausted):
+            memory.promise(nbytes)
+    with memory.weights(("net", 0), pack):
+        assert pack.times == 1, "weights that nobody uses stay, where their going would not be enough"
+
+
+def test_weights_that_many_want_at_once_are_packed_once(memory: DeviceMemory) -> None:
+    begun, pack = threading.Barrier(8), Packing(10)
+
+    def slowly() -> tuple[Array]:
+        time.sleep(0.05)
+        return pack()
+
+    def want() -> int:
+        begun.wait()
+        with memory.weights(("net", 0), slowly) as (there,):
+            return there.address
+
+    with ThreadPoolExecutor(8) as pool:
+        found = {future.result() for future in [pool.submit(want) for _ in range(8)]}
+    assert len(found) == 1
+    assert pack.times == 1
 
 
 def test_a_promise_makes_room_but_not_of_weights_in_use(memory: DeviceMemory) -> None:

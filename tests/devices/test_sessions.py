@@ -7,8 +7,9 @@ is missing gives wrong results under one of the policies. A test of that test ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from convservice.bands import Band
 from convservice.dtypes import FLOAT32, dtype_of
-from convservice.errors import BackendUnavailable, Cancelled, Reason, ResourceExhausted
+from convservice.errors import BackendUnavailable, Cancelled, InternalError, Reason, ResourceExhausted
 from convservice.layers import Activation, Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
@@ -134,6 +135,61 @@ def test_bands_overlap_as_long_as_there_are_slots(rng: np.random.Generator) -> N
         assert not list(session.finish())
 
 
+def launches_of(policy: Policy, rng: np.random.Generator, rows: int) -> int:
+    """Kernels of a convolution of 240 rows that come a few at a time and are not drained."""
+    network = Network([Conv(random_array(rng, (2, 2, 3, 3), FLOAT32), padding=1)])
+    backend, x = EmulatorBackend(policy=policy), random_array(rng, (1, 2, 240, 1200), FLOAT32)
+    results(backend, network, x, rows=rows, drain=False)
+    (device,) = devices_of(backend)
+    return device.launches
+
+
+def test_rows_are_collected_while_the_device_is_behind(rng: np.random.Generator) -> None:
+    """One large launch instead of many small ones, where no launch would have begun sooner."""
+    at_once = launches_of(Policy.EAGER, rng, 3)
+    collected = launches_of(Policy.LAZY, rng, 3)
+    bands, copies = 240 // 3, 2  # of a band into the ring buffer, of a result into its slot
+    assert at_once >= (copies + 1) * bands
+    assert collected <= copies * bands + SLOTS
+
+
+def test_a_drained_session_holds_nothing_back(rng: np.random.Generator) -> None:
+    """Two layers of 3x3 leave two rows behind, whether or not the device is behind."""
+    layers = [Conv(random_array(rng, (1, 1, 3, 3), FLOAT32), padding=1) for _ in range(2)]
+    x = random_array(rng, (1, 1, 40, 20_000), FLOAT32)
+    for policy in Policy:
+        prepared = EmulatorBackend(policy=policy).prepare(Network(layers), Precision.HIGH)
+        came, ends = 0, list[int]()
+        with closing(prepared.open(prepared.plan(spec_of(x, 4)), nothing_wrong)) as session:
+            for given in bands_of(x, 4):
+                came += sum(band.array.shape[2] for band in session.submit(given))
+                came += sum(band.array.shape[2] for band in session.drain())
+                ends.append(came)
+        assert ends == [*range(2, 38, 4), 40]
+
+
+def test_an_upload_waits_for_no_kernel(rng: np.random.Generator) -> None:
+    network, x = Network([Activation("relu")]), random_array(rng, (1, 2, 64, 5000), FLOAT32)
+    backend = EmulatorBackend(policy=Policy.LAZY)
+    prepared = backend.prepare(network, Precision.HIGH)
+    with closing(prepared.open(prepared.plan(spec_of(x, 8)), nothing_wrong)) as opened:
+        session: Any = opened
+        for band in islice(bands_of(x, 8), SLOTS):
+            assert not list(session.submit(band))
+        session._ways[0].lane.streams.upload.synchronize()
+        assert [device.launches for device in devices_of(backend)] == [0]
+
+
+def test_tensors_go_to_the_device_with_least_to_do(rng: np.random.Generator) -> None:
+    backend, network = EmulatorBackend(3), network_of(rng)
+    prepared = backend.prepare(network, Precision.HIGH)
+    plan = prepared.plan(spec_of(random_array(rng, (1, 2, 64, 11), FLOAT32), 8))
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(closing(prepared.open(plan, nothing_wrong)))
+        assert [context.memory.promised for context in backend.contexts] == [2 * plan.device_bytes] * 3
+
+
 def test_results_that_have_come_down_leave_without_being_asked_for(rng: np.random.Generator) -> None:
     network, x = Network([Activation("relu")]), random_array(rng, (1, 2, 64, 5000), FLOAT32)
     prepared = EmulatorBackend(policy=Policy.EAGER).prepare(network, Precision.HIGH)
@@ -158,7 +214,7 @@ def test_samples_are_spread_over_devices_and_come_back_in_order(
 
 
 def test_a_session_gives_everything_back(rng: np.random.Generator) -> None:
-    backend = EmulatorBackend(2)
+    backend = EmulatorBackend(2, policy=Policy.LAZY)
     network, x = network_of(rng), random_array(rng, (2, 2, 64, 11), FLOAT32)
     prepared = backend.prepare(network, Precision.HIGH)
     plan = prepared.plan(spec_of(x, 8))
@@ -167,7 +223,9 @@ def test_a_session_gives_everything_back(rng: np.random.Generator) -> None:
     list(session.submit(Band(x[:1, :, :8])))
     weights = sum(context.memory.resident for context in backend.contexts)
     assert 0 < sum(device.taken_bytes for device in devices_of(backend)) - weights <= 2 * plan.device_bytes
+    assert not all(device.is_idle for device in devices_of(backend))
     session.close()
+    assert all(device.is_idle for device in devices_of(backend)), "memory goes when nothing is at work on it"
     session.close()
     assert [context.memory.promised for context in backend.contexts] == [0, 0]
     del session
@@ -182,6 +240,26 @@ def test_weights_go_with_their_network(rng: np.random.Generator) -> None:
     assert context.memory.resident
     del prepared
     assert not context.memory.resident
+
+
+def test_a_session_that_cannot_be_closed_well_gives_its_promise_back(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    backend = EmulatorBackend(2)
+    prepared = backend.prepare(network_of(rng), Precision.HIGH)
+    session = prepared.open(
+        prepared.plan(spec_of(random_array(rng, (2, 2, 64, 11), FLOAT32), 8)), nothing_wrong
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(EmulatedStream, "synchronize", broken)
+        with pytest.raises(InternalError, match="refused"):
+            session.close()
+    assert [context.memory.promised for context in backend.contexts] == [0, 0]
+    session.close()
+
+
+def broken(self: EmulatedStream) -> None:
+    raise InternalError("the device refused a call", reason=Reason.INTERNAL)
 
 
 def small_device(memory_bytes: int) -> EmulatorBackend:

@@ -73,6 +73,8 @@ def test_a_backend_that_is_slow_to_construct_holds_up_no_other() -> None:
     waiting.start()
     assert begun.wait(30)
     assert registry.resolve("fake").name == "fake"
+    registry.review()
+    assert waiting.is_alive(), "nobody waited for it"
     go_on.set()
     waiting.join()
     assert isinstance(registry.resolve("slow"), Other)

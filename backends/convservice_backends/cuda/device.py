@@ -203,10 +203,6 @@ class Device(Protocol):
         """
         ...
 
-    def load(self, kernel: Kernel) -> None:
-        """Compiles a kernel, or finds it compiled, so that its first launch does not wait."""
-        ...
-
     def close(self) -> None:
         """Gives everything back."""
         ...

@@ -98,9 +98,6 @@ class DryDevice:
         """See `device.Device`."""
         return np.zeros(nbytes, np.uint8)
 
-    def load(self, kernel: Kernel) -> None:
-        """See `device.Device`."""
-
     def close(self) -> None:
         """See `device.Device`."""
 

@@ -110,6 +110,8 @@ class Lane:
     _up: deque[Slot] = field(default_factory=deque[Slot], init=False)
     _down: list[Slot] = field(default_factory=list[Slot], init=False)
     _made_down: int = field(default=0, init=False)
+    _asked: Event | None = field(default=None, init=False)
+    """Behind the last work on rows that were sent up before those that come now."""
 
     def up(self, rows: NDArray[np.generic], dtype: DType) -> tuple[Slot, DeviceArray]:
         """Sends rows (samples, channels, rows, *rest) of at most `in_bytes` up.
@@ -128,15 +130,17 @@ class Lane:
 
     def taken(self, slot: Slot) -> None:
         """Says that everything that reads the slot is launched."""
-        slot.free = self.streams.compute.record()
+        slot.free = self._asked = self.streams.compute.record()
         self._up.append(slot)
+
+    def is_behind(self) -> bool:
+        """Whether the device is still at work on earlier rows, so that later ones may wait for more."""
+        return self._asked is not None and not self._asked.done
 
     def _free_up(self) -> Slot:
         if len(self._up) < self.slots and not (self._up and self._up[0].is_free):
-            slot = self._slot(self.in_bytes)
-            # What had this memory before may still be at work on the compute stream.
-            self.streams.upload.wait(self.streams.compute.record())
-            return slot
+            # Of the upload stream's memory: an upload has nothing to wait for.
+            return self._slot(self.in_bytes, self.streams.upload)
         slot = self._up.popleft()
         slot.wait_free()
         return slot
@@ -155,7 +159,7 @@ class Lane:
         if self._down:
             slot = self._down.pop()
         else:
-            slot = self._slot(self.out_bytes)
+            slot = self._slot(self.out_bytes, self.streams.compute)
             self._made_down += 1
         packed = DeviceArray.packed(slot.memory, rows.shape, rows.dtype)
         DeviceArrays(self.streams.compute).copy(rows, packed)
@@ -179,9 +183,10 @@ class Lane:
             self._up.clear()
             self._down.clear()
             self._all.clear()
+            self._asked = None
 
-    def _slot(self, nbytes: int) -> Slot:
-        slot = Slot(self.device.pinned(nbytes), self.streams.compute.allocate(nbytes))
+    def _slot(self, nbytes: int, stream: Stream) -> Slot:
+        slot = Slot(self.device.pinned(nbytes), stream.allocate(nbytes))
         self._all.append(slot)
         return slot
 

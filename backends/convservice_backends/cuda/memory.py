@@ -1,8 +1,7 @@
 """What of a device's memory is taken: by running tensors, and by weights that wait for the next ones.
 
-`DeviceBudget` holds the bytes that running tensors were promised. `Residents` keeps packed weights on the
-device between tensors; what no running tensor uses is given back, the longest unused first, when room is
-wanted.
+`DeviceMemory` counts the bytes that running tensors were promised, and keeps packed weights on the device
+between tensors; what no running tensor uses is given back, the longest unused first, when room is wanted.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,13 +49,15 @@ class DeviceMemory:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._limit = device.info.memory_bytes
+        self._uploading = threading.Lock()  # guards _stream, and what is under way on it
         self._stream: Stream | None = None
-        # Guards what follows, and the uploads on _stream. The garbage collector may end a session's hold on
-        # weights in a thread that has it.
+        # Guards what follows. The garbage collector may end a session's hold on weights in a thread that has
+        # it.
         self._lock = threading.RLock()
         self._promised = 0
         self._resident = 0
         self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self._coming: WeakValueDictionary[Key, threading.Lock] = WeakValueDictionary()
         self._forgotten: deque[object] = deque()
 
     @property
@@ -66,7 +68,7 @@ class DeviceMemory:
 
     @property
     def resident(self) -> int:
-        """Bytes of weights on the device."""
+        """Bytes of weights on the device, or on their way there."""
         with self._lock:
             self._drop_forgotten()
             return self._resident
@@ -102,9 +104,10 @@ class DeviceMemory:
         """
         kept = self._use(key)
         if kept is None:
-            arrays = pack()  # which may take long, and holds nobody up
             with self._lock:
-                kept = self._use(key) or self._add(key, self._upload(arrays, beside))
+                turn = self._coming.setdefault(key, threading.Lock())
+            with turn:  # several tensors that want the same weights: the first brings them, once
+                kept = self._use(key) or self._bring(key, pack(), beside)
         try:
             yield kept.memories
         finally:
@@ -116,6 +119,7 @@ class DeviceMemory:
         with self._lock:
             self._kept.clear()
             self._resident = 0
+        with self._uploading:
             self._stream = None
 
     def forget(self, owner: object) -> None:
@@ -132,29 +136,42 @@ class DeviceMemory:
                 kept.users += 1
             return kept
 
-    def _add(self, key: Key, kept: _Kept) -> _Kept:
-        """Keeps what was uploaded, with its first user; called with the lock held."""
-        self._kept[key] = kept
-        kept.users = 1
+    def _bring(self, key: Key, arrays: Sequence[NDArray[np.generic]], beside: int) -> _Kept:
+        """Uploads weights and keeps them, with their first user; holds up only who uploads as well."""
+        total = sum(array.nbytes for array in arrays)
+        with self._lock:
+            self._make_room(total, "a layer's weights", beside)
+            self._resident += total
+        try:
+            kept = _Kept(self._upload(arrays), total, users=1)
+        except BaseException:
+            with self._lock:
+                self._resident -= total
+            raise
+        with self._lock:
+            self._kept[key] = kept
         return kept
 
     def _make_room(self, nbytes: int, what: str, beside: int = 0) -> None:
-        """Drops weights that are unused until `nbytes` are free; called with the lock held."""
+        """Drops weights that are unused until `nbytes` are free, none if that cannot be; called with the lock
+        held."""
         self._drop_forgotten()
-        for key in [key for key, kept in self._kept.items() if not kept.users]:
+        unused = [key for key, kept in self._kept.items() if not kept.users]
+        free = self._limit - self._promised - self._resident
+        most = free + sum(self._kept[key].nbytes for key in unused)
+        if nbytes > most:
+            fits = nbytes + beside <= self._limit
+            raise ResourceExhausted(
+                f"{what} take {nbytes} bytes of device memory; {max(most, 0)} of {self._limit} are free"
+                + ("" if fits else ", so they can never be had here"),
+                reason=Reason.OUT_OF_DEVICE_MEMORY,
+                metadata={"bytes": str(nbytes), "free": str(max(most, 0)), "budget": str(self._limit)},
+                retry_after=RETRY_AFTER if fits else None,
+            )
+        for key in unused:
             if self._promised + self._resident + nbytes <= self._limit:
                 return
             self._drop(key)
-        free = self._limit - self._promised - self._resident
-        if nbytes > free:
-            fits = nbytes + beside <= self._limit
-            raise ResourceExhausted(
-                f"{what} take {nbytes} bytes of device memory; {max(free, 0)} of {self._limit} are free"
-                + ("" if fits else ", so they can never be had here"),
-                reason=Reason.OUT_OF_DEVICE_MEMORY,
-                metadata={"bytes": str(nbytes), "free": str(max(free, 0)), "budget": str(self._limit)},
-                retry_after=RETRY_AFTER if fits else None,
-            )
 
     def _drop_forgotten(self) -> None:
         """Drops the weights of owners that are gone: nobody can be using them."""
@@ -166,23 +183,20 @@ class DeviceMemory:
     def _drop(self, key: Key) -> None:
         self._resident -= self._kept.pop(key).nbytes
 
-    def _upload(self, arrays: Sequence[NDArray[np.generic]], beside: int) -> _Kept:
-        """Copies arrays to the device, each whole before the lock is given up."""
-        total = sum(array.nbytes for array in arrays)
-        self._make_room(total, "a layer's weights", beside)
-        if self._stream is None:
-            self._stream = self._device.stream()
-        stream = self._stream
+    def _upload(self, arrays: Sequence[NDArray[np.generic]]) -> tuple[Memory, ...]:
+        """Copies arrays to the device; they are there when it returns."""
         memories: list[Memory] = []
-        for array in arrays:
-            memory = self._device.allocate(max(1, array.nbytes))
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            staging = self._device.pinned(max(1, min(data.nbytes, UPLOAD_BYTES)))
-            for first in range(0, data.nbytes, UPLOAD_BYTES):
-                part = data[first : first + UPLOAD_BYTES]
-                staging[: part.nbytes] = part
-                stream.upload(staging[: part.nbytes], memory, first)
-                stream.synchronize()
-            memories.append(memory)
-        self._resident += total
-        return _Kept(tuple(memories), total)
+        with self._uploading:
+            if self._stream is None:
+                self._stream = self._device.stream()
+            for array in arrays:
+                memory = self._device.allocate(max(1, array.nbytes))
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                staging = self._device.pinned(max(1, min(data.nbytes, UPLOAD_BYTES)))
+                for first in range(0, data.nbytes, UPLOAD_BYTES):
+                    part = data[first : first + UPLOAD_BYTES]
+                    staging[: part.nbytes] = part
+                    self._stream.upload(staging[: part.nbytes], memory, first)
+                    self._stream.synchronize()
+                memories.append(memory)
+        return tuple(memories)

@@ -130,7 +130,9 @@ class CudaNetwork:
             raise InternalError("a session is opened with a plan of the same network", reason=Reason.INTERNAL)
         with ExitStack() as stack:
             stack.callback(_keep, self)
-            ways = [self._way(context, plan, check, stack) for context in self._contexts[: plan.ways]]
+            # Those with least to do; the first among equals, where this network's weights are likely to be.
+            idlest = sorted(self._contexts, key=lambda context: context.memory.promised)[: plan.ways]
+            ways = [self._way(context, plan, check, stack) for context in idlest]
             return DeviceSession(plan, ways, check, stack.pop_all())
         raise AssertionError("a session was opened or an error raised")
 
@@ -139,17 +141,23 @@ class CudaNetwork:
         context.memory.promise(plan.device_bytes)
         stack.callback(context.memory.release, plan.device_bytes)
         placed: dict[str, _Placed] = {}
+        beside = plan.device_bytes
         for name, operator in plan.operators.items():
             key = (self._token, name, *operator.packing)
-            uploaded = context.memory.weights(key, operator.weights, beside=plan.device_bytes)
+            uploaded = context.memory.weights(key, operator.weights, beside=beside)
             weights = stack.enter_context(uploaded)
+            beside += sum(memory.nbytes for memory in weights)
             placed[name] = _Placed(operator, weights)
         streams = stack.enter_context(context.streams())
         lane = Lane(context.device, streams, plan.in_bytes, plan.out_bytes)
         stack.callback(lane.close)
         working = streams.compute.allocate(plan.working_bytes) if plan.working_bytes else None
         workspace = DeviceWorkspace(streams.compute, working, context.device.info, check)
-        driver = open_session(plan, placed, workspace, DeviceArrays(streams.compute))
+        arrays = DeviceArrays(streams.compute)
+        driver = open_session(plan, placed, workspace, arrays, may_wait=lane.is_behind)
+        stack.callback(
+            driver.close
+        )  # its memory is the compute stream's own: what is under way keeps its turn
         return Way(lane, driver)
 
     def _plan_anew(self, spec: TensorSpec, out_dtype: DType | None) -> DevicePlan:

@@ -3,8 +3,9 @@
 A `DeviceSession` is given bands of the host's memory and cuts them into pieces that fit a slot. Each piece
 goes up to one device, through the same driver that moves rows on any backend (`session.FlowSession` or
 `session.WholeSession`, on device arrays), and what the driver hands on is sent down. All of this is only
-asked for, not waited for: a result is waited for when all slots are taken, or when the caller drains. Where
-there are several devices, samples take turns.
+asked for, not waited for: a result is waited for when all slots are taken, or when the caller drains. While a
+device is still at work on earlier rows, rows are collected into larger runs: the device does not idle for it,
+and a large launch is worth more than many small ones. Where there are several devices, samples take turns.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class DeviceSession:
         plan: how the tensor passes.
         ways: the devices, each with its lane and driver.
         check: raises when the work is no longer wanted.
-        resources: closed with the session: promises of memory, weights in use, lanes.
+        resources: closed with the session: lanes and drivers, weights in use, promises of memory.
     """
 
     def __init__(self, plan: NetworkPlan, ways: Sequence[Way], check: Check, resources: ExitStack) -> None:
@@ -75,6 +76,8 @@ class DeviceSession:
 
     def drain(self) -> Iterator[Band]:
         """Hands on all results of what was given so far."""
+        for way in self._ways:
+            yield from self._sent_down(way, way.driver.drain())
         while self._pending:
             yield from self._deliver()
 
@@ -87,11 +90,7 @@ class DeviceSession:
 
     def close(self) -> None:
         """Waits for what is under way and gives everything back; more than once does no harm."""
-        for way in self._ways:
-            way.lane.close()  # before anything goes that a copy or a kernel may be at work on
         self._pending.clear()
-        for way in self._ways:
-            way.driver.close()
         self._ways = []
         self._resources.close()
 

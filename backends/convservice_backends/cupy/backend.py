@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -58,12 +59,10 @@ class CupyBackend(CudaBackend):
 
     def __init__(self, algorithm: str | None = None) -> None:
         cupy = _imported()
-        cache = KernelCache()
-        super().__init__(
-            _devices(cupy, cache),
-            _versions(cupy, cache),
-            algorithm=algorithm or _algorithm(),
-        )
+        cache, algorithm, limit = KernelCache(), algorithm or _algorithm(), _memory_limit()
+        models = _models(cupy)
+        versions = _versions(cupy, cache)  # before a device is touched: what refuses must not keep its memory
+        super().__init__(_devices(models, cache, limit), versions, algorithm=algorithm)
         try:
             _try(self)
         except BaseException:
@@ -86,24 +85,25 @@ def _imported() -> Any:
     return cupy
 
 
-def _devices(cupy: Any, cache: KernelCache) -> list[CupyDevice]:
-    """The visible devices that answer, of the first such one's model."""
-    if not cupy.cuda.is_available():
-        raise _unavailable("CuPy finds no usable CUDA device (is there a driver, and is a GPU visible?)")
+def _models(cupy: Any) -> list[str]:
+    """The models of the visible devices, which can be asked without touching them."""
+    runtime = cupy.cuda.runtime
     try:
-        count = int(cupy.cuda.runtime.getDeviceCount())
-    except cupy.cuda.runtime.CUDARuntimeError as exc:
+        count = int(runtime.getDeviceCount())
+        names = [runtime.getDeviceProperties(ordinal)["name"] for ordinal in range(count)]
+    except runtime.CUDARuntimeError as exc:
         raise _unavailable(f"the CUDA driver does not answer: {exc}") from exc
-    if not count:
+    if not names:
         raise _unavailable("the CUDA driver sees no device")
-    limit, found = _memory_limit(), list[CupyDevice]()
-    names = [
-        _model(cupy, ordinal) for ordinal in range(count)
-    ]  # needs no context on a device that is not used
-    refused = ""
-    for ordinal, name in enumerate(names):
-        if found and name != found[0].info.name:
-            log.info("CUDA device %d is not used: it is a %s, the first is a %s", ordinal, name, names[0])
+    return [str(name.decode()) for name in names]
+
+
+def _devices(models: Sequence[str], cache: KernelCache, limit: int | None) -> list[CupyDevice]:
+    """The devices that answer, of the first such one's model."""
+    found, refused = list[CupyDevice](), ""
+    for ordinal, model in enumerate(models):
+        if found and model != found[0].info.name:
+            log.info("CUDA device %d is not used: it is a %s, not a %s", ordinal, model, found[0].info.name)
             continue
         try:
             found.append(CupyDevice(ordinal, cache.path, limit))
@@ -113,10 +113,6 @@ def _devices(cupy: Any, cache: KernelCache) -> list[CupyDevice]:
     if not found:
         raise _unavailable(f"no CUDA device answers: {refused}")
     return found
-
-
-def _model(cupy: Any, ordinal: int) -> str:
-    return str(cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode())
 
 
 def _versions(cupy: Any, cache: KernelCache) -> dict[str, str]:
@@ -152,22 +148,23 @@ def _algorithm() -> str | None:
 
 
 def _try(backend: CudaBackend) -> None:
-    """Runs the worked example and compares its answer.
+    """Runs the worked example, on every device, and compares the answers.
 
     Raises:
         BackendUnavailable: it could not be run, or the answer is wrong.
     """
-    x = np.array(INPUT, np.float32)[None, None]
+    x = np.array([[INPUT]] * len(backend.contexts), np.float32)  # a sample for each device
     network = Network([Conv(np.array(FILTER, np.float32)[None, None])])
     try:
         found = run(backend.prepare(network, Precision.HIGH), x)
     except ConvServiceError as exc:
         raise _unavailable(f"the trial kernel failed: {exc.message}") from exc
     (answer,) = found.values()
-    if not np.array_equal(answer[0, 0], np.array(FEATURE_MAP)):
-        raise _unavailable(
-            f"the trial kernel gave {answer[0, 0].tolist()} for the worked example, expected {FEATURE_MAP}"
-        )
+    for given in answer[:, 0]:
+        if not np.array_equal(given, np.array(FEATURE_MAP)):
+            raise _unavailable(
+                f"the trial kernel gave {given.tolist()} for the worked example, expected {FEATURE_MAP}"
+            )
 
 
 def _unavailable(why: str) -> BackendUnavailable:

@@ -1,9 +1,10 @@
 """CUDA devices through CuPy: memory, streams, events, loaded kernels.
 
-`CupyDevice` is `cuda.device.Device` for one GPU. Memory comes from a pool of its own with a limit, and
-belongs to the stream it was allocated on: work on one stream is in order, so that memory given back and
-taken again there needs no waiting. Kernels are compiled cubins from `cache.KernelCache`, loaded as
-`RawModule`. An error after which the device answers nothing more is kept as its `failure`.
+`CupyDevice` is `cuda.device.Device` for one GPU. Memory comes from a pool of its own, and belongs to the
+stream it was allocated on: work on one stream is in order, so that memory given back and taken again there
+needs no waiting. Pool and weights together stay within the device's limit. Kernels are compiled cubins from
+`cache.KernelCache`, loaded as `RawModule`. An error after which the device answers nothing more is kept as
+its `failure`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -71,7 +73,7 @@ class CupyStream:
         self._device = device
         self._cuda = cupy.cuda
         self.stream = self._cuda.Stream(non_blocking=True)
-        self._plans = Plans(cupy)
+        self.plans = Plans(cupy)
 
     def allocate(self, nbytes: int) -> CupyMemory:
         """See `device.Stream`."""
@@ -98,7 +100,7 @@ class CupyStream:
         if not isinstance(memory, CupyMemory):
             raise TypeError(f"{type(memory).__name__} is not memory of a CUDA device")
         with self._device.guarded(), self.stream, self._device.allocating():
-            self._plans.run(transform, memory.pointer)
+            self.plans.run(transform, memory.pointer)
 
     def upload(self, source: Bytes, target: Memory, offset: int = 0) -> None:
         """See `device.Stream`."""
@@ -153,8 +155,10 @@ class CupyDevice:
         self._cupy: Any = cupy
         self._load = load
         self._device: Any = self._cupy.cuda.Device(ordinal)
-        self._lock = threading.Lock()  # guards _functions
+        self._lock = threading.Lock()  # guards what follows
         self._functions: dict[Kernel, Any] = {}
+        self._beside: WeakSet[CupyMemory] = WeakSet()  # memory that is not of the pool
+        self._plans: WeakSet[Plans] = WeakSet()  # of all streams
         self.failure = ""
         with self.guarded():
             properties = self._cupy.cuda.runtime.getDeviceProperties(ordinal)
@@ -172,7 +176,10 @@ class CupyDevice:
     def stream(self) -> CupyStream:
         """See `device.Device`."""
         with self.guarded():
-            return CupyStream(self, self._cupy)
+            stream = CupyStream(self, self._cupy)
+            with self._lock:
+                self._plans.add(stream.plans)
+            return stream
 
     def pinned(self, nbytes: int) -> Bytes:
         """See `device.Device`."""
@@ -197,21 +204,50 @@ class CupyDevice:
         """See `device.Device`. Beside the pool, which cuts what is freed into parts that cannot be put
         together again while one of them is in use: weights would be in the way of large rows."""
         with self.guarded():
-            memory = self._cupy.cuda.memory.Memory
-            try:
-                return CupyMemory(self._cupy.cuda.MemoryPointer(memory(nbytes), 0), nbytes)
-            except (self._cupy.cuda.runtime.CUDARuntimeError, self._cupy.cuda.memory.OutOfMemoryError):
-                self._pool.free_all_blocks()  # what the pool keeps for later is as good as free
-                return CupyMemory(self._cupy.cuda.MemoryPointer(memory(nbytes), 0), nbytes)
+            self._limit_pool(beside=nbytes)
+            memory = CupyMemory(self._taken(self._unpooled, nbytes, beside=nbytes), nbytes)
+            with self._lock:
+                self._beside.add(memory)
+            return memory
 
     def pooled(self, nbytes: int, stream: Any) -> CupyMemory:
         """Memory of the pool for work on a stream."""
         with self.guarded(), stream:
-            return CupyMemory(self._pool.malloc(nbytes), nbytes)
+            return CupyMemory(self._taken(self._pool.malloc, nbytes), nbytes)
 
     def allocating(self) -> Any:
         """A context in which what CuPy itself allocates comes from this device's pool."""
-        return self._cupy.cuda.using_allocator(self._pool.malloc)
+        return self._cupy.cuda.using_allocator(lambda nbytes: self._taken(self._pool.malloc, nbytes))
+
+    def _unpooled(self, nbytes: int) -> Any:
+        """CuPy's pointer to memory of no pool."""
+        return self._cupy.cuda.MemoryPointer(self._cupy.cuda.memory.Memory(nbytes), 0)
+
+    def _limit_pool(self, beside: int) -> None:
+        """Has the pool take, and keep for later, no more than what is left of the device's limit beside the
+        memory that is not of the pool, and `beside` bytes more."""
+        with self._lock:
+            left = self.info.memory_bytes - beside - sum(memory.nbytes for memory in self._beside)
+        self._pool.set_limit(size=max(1, left))  # 0 would be no limit
+        if self._pool.total_bytes() > left:
+            self._pool.free_all_blocks()
+
+    def _taken(self, take: Callable[[int], Any], nbytes: int, *, beside: int = 0) -> Any:
+        """Takes memory; where there is none, once more without what is only kept for later. A pool at its
+        limit does not give up the free memory of other streams by itself, and plans keep working memory."""
+        cuda = self._cupy.cuda
+        try:
+            return take(nbytes)
+        except (cuda.runtime.CUDARuntimeError, cuda.memory.OutOfMemoryError) as exc:
+            if getattr(exc, "status", OUT_OF_MEMORY) != OUT_OF_MEMORY:
+                raise
+        with self._lock:
+            plans = tuple(self._plans)
+        for each in plans:
+            each.clear()
+        self._limit_pool(beside)
+        self._pool.free_all_blocks()
+        return take(nbytes)
 
     def function(self, kernel: Kernel) -> Any:
         """A kernel, loaded; the device must be the current one."""
@@ -229,11 +265,6 @@ class CupyDevice:
                     found.max_dynamic_shared_size_bytes = kernel.dynamic_bytes
                 self._functions[kernel] = found
             return found
-
-    def load(self, kernel: Kernel) -> None:
-        """See `device.Device`."""
-        with self.guarded():
-            self.function(kernel)
 
     def close(self) -> None:
         """See `device.Device`."""

@@ -8,6 +8,7 @@ copied.
 from __future__ import annotations
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -35,7 +36,13 @@ class Plans:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
+        self._lock = threading.Lock()  # guards _plans: another stream that wants memory may `clear` them
         self._plans: OrderedDict[tuple[object, ...], Any] = OrderedDict()
+
+    def clear(self) -> None:
+        """Drops all plans, and with them their working memory; one at work stays until it is done."""
+        with self._lock:
+            self._plans.clear()
 
     def run(self, transform: Transform, pointer: Any) -> None:
         """Runs transforms on CuPy's current stream; a new plan's memory comes from the current allocator.
@@ -61,12 +68,14 @@ class Plans:
     def _plan(self, cufft: Any, transform: Transform) -> Any:
         """A plan, made now or before; it is then the last used."""
         key = (*transform.real_shape, transform.inverse)
-        found = self._plans.pop(key, None)
+        with self._lock:
+            found = self._plans.pop(key, None)
         if found is None:
-            while len(self._plans) >= MOST_PLANS:
-                self._plans.popitem(last=False)
             found = _new_plan(cufft, transform)
-        self._plans[key] = found
+        with self._lock:
+            self._plans[key] = found
+            while len(self._plans) > MOST_PLANS:
+                self._plans.popitem(last=False)
         return found
 
     def _cufft(self) -> Any:

@@ -178,6 +178,12 @@ class EmulatedDevice:
         with self.lock:
             return self._launches
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no stream has anything left to do."""
+        with self.lock:
+            return self._scheduler.is_idle
+
     def fail(self, why: str) -> None:
         """Fails for good."""
         self._failure = why
@@ -194,10 +200,6 @@ class EmulatedDevice:
     def pinned(self, nbytes: int) -> Bytes:
         """Memory of the host, poisoned."""
         return np.full(nbytes, POISON, np.uint8)
-
-    def load(self, kernel: Kernel) -> None:
-        """Compiles a kernel, or finds it compiled."""
-        self._compiler.library(kernel)
 
     def close(self) -> None:
         """Nothing is kept that the garbage collector does not take."""

@@ -86,6 +86,11 @@ class Scheduler:
         self._queues.append(weakref.ref(made))
         return made
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return not any(queue.items for known in self._queues if (queue := known()) is not None)
+
     def put(self, queue: Queue, item: Work | Place) -> None:
         """Adds to a queue; the work runs now if the policy is to run all at once."""
         queue.items.append(item)

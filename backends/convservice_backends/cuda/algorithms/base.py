@@ -7,6 +7,7 @@ the shape of one sample; tiles and grids may also follow the batch and the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -21,6 +22,9 @@ from convservice.wire.enums import Precision
 from convservice_backends.cuda.arguments import ConvArguments
 from convservice_backends.cuda.device import Launch, Memory, Transform
 from convservice_backends.cuda.source import Kernel
+
+LONG = 1 << 13
+"""Outputs that a line is taken to have where its length must play no part."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,14 @@ def filters_as(layer: Conv, dtype: DType) -> NDArray[Any]:
     groups = layer.groups
     shape = (groups, layer.out_channels // groups, layer.in_channels // groups, -1)
     return np.ascontiguousarray(layer.weight.astype(dtype.numpy)).reshape(shape)
+
+
+def square_positions(sample: SampleShape) -> int:
+    """Outputs of one filter over a map that is taken to be as high as it is wide, a line to be long.
+
+    What fixes bits may look at a sample's shape, but not at its height, which may not be told beforehand.
+    """
+    return math.prod(sample.rest) * min(sample.rest, default=LONG)
 
 
 def ceil_div(size: int, part: int) -> int:

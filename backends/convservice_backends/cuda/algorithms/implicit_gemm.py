@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.geometry import PaddingMode, SampleShape
-from convservice_backends.cuda.algorithms.base import Case, Problem, ceil_div, filters_as
+from convservice_backends.cuda.algorithms.base import Case, Problem, ceil_div, filters_as, square_positions
 from convservice_backends.cuda.algorithms.gemm_tiles import (
     DEPTH,
     SHORT_TERMS,
@@ -139,8 +139,7 @@ class ImplicitGemm:
         told beforehand. One much higher is split without need, which costs little: `FEWEST_SPLIT_TERMS`.
         """
         case = self._case
-        columns = math.prod(sample.rest) * min(sample.rest, default=FULL * 64)
-        blocks = ceil_div(case.group_out, 64) * ceil_div(columns, 64) * case.layer.groups
+        blocks = ceil_div(case.group_out, 64) * ceil_div(square_positions(sample), 64) * case.layer.groups
         splits = min(ceil_div(FULL, blocks), self._terms // FEWEST_SPLIT_TERMS, MOST_SPLITS)
         depth = ceil_div(self._terms, max(1, splits) * DEPTH) * DEPTH
         return ceil_div(self._terms, depth), depth

@@ -28,7 +28,7 @@ from convservice.dtypes import FLOAT32
 from convservice.errors import InternalError, Reason
 from convservice.geometry import SampleShape
 from convservice.wire.enums import Precision
-from convservice_backends.cuda.algorithms.base import Case, Problem, ceil_div, filters_as
+from convservice_backends.cuda.algorithms.base import Case, Problem, ceil_div, filters_as, square_positions
 from convservice_backends.cuda.algorithms.gemm_tiles import reduce_kernel
 from convservice_backends.cuda.algorithms.staging import AxisStaging, row_start, staged_axes
 from convservice_backends.cuda.algorithms.tensor_core_forms import (
@@ -203,11 +203,9 @@ class TensorCore:
         return ceil_div(filters, widest) * widest
 
     def _splits(self, sample: SampleShape) -> tuple[int, int]:
-        """Parts of a sum, and tiles of terms in each: of the layer and one sample's shape."""
-        if sample.rows is None:
-            return 1, self._depth
-        positions = math.prod((sample.rows, *sample.rest))
-        blocks = ceil_div(self._case.group_out, SPLIT_TILE) * ceil_div(max(positions, 1), SPLIT_TILE)
+        """Parts of a sum, and tiles of terms in each: of the layer and the width of its map."""
+        positions = ceil_div(square_positions(sample), SPLIT_TILE)
+        blocks = ceil_div(self._case.group_out, SPLIT_TILE) * positions
         wanted = SPLIT_BLOCKS // (blocks * self._case.layer.groups)
         splits = max(1, min(wanted, self._depth // SPLIT_DEPTH, MOST_SPLITS))
         depth = ceil_div(self._depth, splits)
