@@ -270,7 +270,7 @@ def test_page_locked_memory_runs_out(
     prepared = backend.prepare(network, Precision.HIGH)
     with monkeypatch.context() as patch:
         memory = CUDARuntimeError("cudaErrorMemoryAllocation: out of memory", 2)
-        patch.setattr(cupy.cuda, "alloc_pinned_memory", lambda nbytes: fail(memory))
+        patch.setattr(cupy.cuda, "alloc_pinned_memory", partial(refuse, memory))
         with pytest.raises(ResourceExhausted, match=r"the host has no \d+ bytes of page-locked memory left"):
             run(prepared, x)
     run(prepared, x)

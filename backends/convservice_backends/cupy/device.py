@@ -13,6 +13,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -217,7 +218,7 @@ class CupyDevice:
 
     def allocating(self) -> Any:
         """A context in which what CuPy itself allocates comes from this device's pool."""
-        return self._cupy.cuda.using_allocator(lambda nbytes: self._taken(self._pool.malloc, nbytes))
+        return self._cupy.cuda.using_allocator(partial(self._taken, self._pool.malloc))
 
     def _unpooled(self, nbytes: int) -> Any:
         """CuPy's pointer to memory of no pool."""
