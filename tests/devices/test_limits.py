@@ -122,6 +122,16 @@ def test_windows_may_reach_as_far_as_numbers_go(
     check_every_layer(network, x, found)
 
 
+def test_rows_that_reflection_holds_count_as_rows_under_a_window() -> None:
+    """Of 45 rows of 2^26 elements: kernels that count them with 32 bits leave them to one that does not."""
+    padding: Any = ((20, 20), (1, 1))
+    for mode, algorithm in (("zeros", "depthwise"), ("reflect", "direct")):
+        layer = Conv(np.ones((1, 1, 3, 3), np.float32), padding=padding, padding_mode=mode)
+        prepared = EmulatorBackend().prepare(Network([layer]), Precision.HIGH)
+        spec = spec_of(np.broadcast_to(np.float32(0), (1, 1, 60, 1 << 26)))
+        assert set(prepared.plan(spec).algorithms.values()) == {algorithm}
+
+
 def test_a_row_of_too_many_positions_is_refused() -> None:
     layer = Conv(np.ones((1, 1, 1, 1, 1), np.float32), padding=((0, 0), (40_000, 0), (60_000, 0)))
     prepared = EmulatorBackend().prepare(Network([layer]), Precision.HIGH)

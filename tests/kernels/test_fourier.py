@@ -22,7 +22,7 @@ from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.algorithms import choose
 from convservice_backends.cuda.algorithms.base import Case
-from convservice_backends.cuda.algorithms.fourier import BATCH_BYTES, Fourier, error_factors
+from convservice_backends.cuda.algorithms.fourier import BATCH_BYTES, FEWEST_TILES, Fourier, error_factors
 from convservice_backends.cuda.algorithms.fourier_tiles import MOST_FILTER_BYTES, Tile, cheapest_tile
 from convservice_backends.cuda.backend import CudaBackend
 from convservice_backends.reference import layer_reference
@@ -267,10 +267,15 @@ def test_batch_and_bands_change_no_bit(run: Runner, rng: np.random.Generator, na
 
 
 def case_of(
-    layer: Conv, given: DType = FLOAT32, width: int = 500, architecture: int = INFO.architecture
+    layer: Conv,
+    given: DType = FLOAT32,
+    width: int = 500,
+    architecture: int = INFO.architecture,
+    precision: Precision = Precision.HIGH,
 ) -> Case:
     """The layer, given rows of so many elements a channel."""
-    return Case(layer, given, layer.in_channels * width, Precision.HIGH, architecture)
+    row = layer.in_channels * width
+    return Case(layer, given, row, precision, architecture, row_positions=width)
 
 
 def zeros(*shape: int, **options: Any) -> Conv:
@@ -286,6 +291,9 @@ def test_it_takes_what_it_can_compute() -> None:
     assert not Fourier.fits(case_of(zeros(4, 3, 9, 9, stride=(2, 1))))
     assert not Fourier.fits(case_of(zeros(4, 3, 9, 9, dilation=2)))
     assert not Fourier.fits(case_of(zeros(4, 3, 9, 9), FLOAT64))
+    assert not Fourier.fits(case_of(zeros(1, 1, 31, 31), width=24_000_000)), (
+        "2^31 positions in a row of tiles"
+    )
     assert not Fourier.fits(case_of(zeros(100, 100, 9, 9))), "too much memory for the transformed filters"
     for bad in (np.nan, np.inf):
         assert not Fourier.fits(case_of(Conv(np.full((1, 1, 9, 9), bad, np.float32))))
@@ -312,9 +320,23 @@ def test_it_is_chosen_for_large_filters_alone_and_where_float64_is_fast() -> Non
     assert chosen(zeros(64, 64, 3, 3)) != "fourier"
     assert chosen(zeros(64, 64, 5, 5)) != "fourier"
     assert chosen(zeros(64, 64, 1, 5)) != "fourier"
+    assert chosen(zeros(64, 64, 15, 15)) == "fourier"
+    assert chosen(zeros(64, 64, 15, 15), precision=Precision.FAST) == "tensor_core", "TF32 is faster"
+    assert chosen(zeros(1, 1, 9, 9)) == "depthwise", "few products of one channel"
+    assert chosen(zeros(1, 1, 31, 31), width=2000) == "fourier"
     half = next(dtype for dtype in FLOATS if dtype.name == "float16")
     assert chosen(Conv(np.zeros((64, 64, 9, 9), half.numpy)), half) != "fourier"
     assert choose(case_of(zeros(4, 4, 5, 5)), "fourier").name == "fourier"
+
+
+def test_few_launches_transform_a_map_of_one_channel() -> None:
+    algorithm = Fourier(case_of(zeros(1, 1, 31, 31), width=2000))
+    sample = SampleShape(1, 2000, (2000,))
+    assert algorithm.batch(sample) >= 16
+    assert algorithm.batch(sample) == algorithm.batch(SampleShape(1, None, (2000,)))
+    assert algorithm.scratch_bytes(sample, 1, 1) <= BATCH_BYTES
+    small = Fourier(case_of(zeros(1, 1, 31, 31), width=100))
+    assert small.batch(SampleShape(1, 100, (100,))) == FEWEST_TILES
 
 
 def test_the_error_factors_bound_what_transforms_err_by(rng: np.random.Generator) -> None:

@@ -32,7 +32,7 @@ MOST_WAITS = 8
 """In one kernel file, headers included."""
 
 EDITS = (
-    ("direct", "position >= a.positions) return", "position > a.positions) return"),
+    ("direct", "at >= (unsigned)a.positions) return", "at > (unsigned)a.positions) return"),
     ("direct", "at < axis.high) return", "at <= axis.high) return"),
     ("depthwise", "coordinate < axis.high) return", "coordinate <= axis.high) return"),
     ("elementwise", "i < a.elements;", "i <= a.elements;"),

@@ -20,7 +20,7 @@ from convservice.errors import InternalError, InvalidRequest, Reason
 from convservice.geometry import MAX_SIZE, AxisWindow, PaddingMode, SampleShape
 from convservice.layers import FUNCTIONS, Conv
 from convservice.wire.enums import Precision
-from convservice_backends.cuda.algorithms import Algorithm, Case, Problem, choose
+from convservice_backends.cuda.algorithms import Algorithm, Case, Fourier, Problem, choose
 from convservice_backends.cuda.arguments import AxisArguments, ConvArguments
 from convservice_backends.cuda.array import DeviceArray
 from convservice_backends.cuda.device import DeviceInfo, Memory, Transform
@@ -29,7 +29,8 @@ from convservice_backends.operators import Run
 from convservice_backends.plan import BlockPlan
 
 MOST_WORK = 200_000_000_000
-"""Multiply-adds of one launch at most, some milliseconds: a cancel is seen between launches."""
+"""Multiply-adds of one launch at most: a cancel is seen between launches. By datasheets a few milliseconds of
+a large GPU; not measured."""
 
 FAR = 1 << 30
 """A coordinate beyond any that a kernel meets."""
@@ -76,8 +77,17 @@ class ConvOperator:
     ) -> None:
         self._layer = layer
         self._given = given
+        rows = layer.windows(sample)[0]
+        mirrored = rows.before + rows.after + 1 if layer.padding_mode is PaddingMode.REFLECT else 0
         case = Case(
-            layer, given, sample.row_elements, precision, info.architecture, reach=_reach(layer, sample)
+            layer,
+            given,
+            sample.row_elements,
+            precision,
+            info.architecture,
+            reach=_reach(layer, sample),
+            mirrored=mirrored,
+            row_positions=math.prod(layer.output_sample(sample).rest),
         )
         self.algorithm: Algorithm = choose(case, algorithm)
 
@@ -116,6 +126,10 @@ class ConvOperator:
         if at_once < rows:  # fewer samples may take a few rows more each
             at_once += self.algorithm.quantum
         return self.algorithm.scratch_bytes(out, at_once, samples)
+
+    def library_bytes(self, out: SampleShape) -> int:
+        """What a library may take of the device's memory by itself while it computes this layer."""
+        return self.algorithm.library_bytes(out) if isinstance(self.algorithm, Fourier) else 0
 
     def compute(
         self, run: Run, out: DeviceArray, workspace: DeviceWorkspace, weights: tuple[Memory, ...]
@@ -164,7 +178,11 @@ class ConvOperator:
         workspace: DeviceWorkspace,
         weights: tuple[Memory, ...],
     ) -> Problem:
-        layer, rows = self._layer, run.rows
+        layer, rows, positions = self._layer, run.rows, math.prod(out.shape[2:])
+        if positions > MAX_SIZE:
+            raise InternalError(
+                f"a launch has {positions} positions, more than {MAX_SIZE}", reason=Reason.INTERNAL
+            )
         arguments = ConvArguments(
             input=rows.address,
             filters=weights[0].address,
@@ -180,7 +198,7 @@ class ConvOperator:
             group_in=layer.in_channels // layer.groups,
             group_out=layer.out_channels // layer.groups,
             taps=math.prod(layer.kernel),
-            positions=math.prod(out.shape[2:]),
+            positions=positions,
             padding=PADDING[layer.padding_mode],
             activation=FUNCTIONS.index(layer.activation.function),
             splits=1,

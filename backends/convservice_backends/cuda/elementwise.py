@@ -142,6 +142,10 @@ class ActivationOperator:
         """None."""
         return 0
 
+    def library_bytes(self, out: SampleShape) -> int:
+        """None."""
+        return 0
+
     def compute(
         self, run: Run, out: DeviceArray, workspace: DeviceWorkspace, weights: tuple[Memory, ...]
     ) -> None:

@@ -173,6 +173,7 @@ class CudaNetwork:
         working = max(_working_bytes(plan, name, operator) for name, operator in operators.items())
         slots = SLOTS * (in_bytes + out_bytes)
         on_device = plan.peak_bytes - spec.band_bytes + slots + working
+        on_device += sum(operator.library_bytes(plan.nodes[name].out) for name, operator in operators.items())
         on_device += ALLOCATION_BYTES * (2 * SLOTS + 4 * len(operators) + 1)
         kept = {field.name: getattr(plan, field.name) for field in fields(NetworkPlan)}
         locked = SLOTS * (locked_bytes(in_bytes) + locked_bytes(out_bytes))

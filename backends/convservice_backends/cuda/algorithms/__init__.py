@@ -45,4 +45,4 @@ def choose(case: Case, wanted: str | None = None) -> Algorithm:
     return chosen(case)
 
 
-__all__ = ["ALGORITHMS", "NAMES", "Algorithm", "Case", "Problem", "choose"]
+__all__ = ["ALGORITHMS", "NAMES", "Algorithm", "Case", "Fourier", "Problem", "choose"]

@@ -38,6 +38,8 @@ class Case:
         precision: what the caller allows.
         architecture: the device's compute capability, 10 * major + minor.
         reach: how far from 0 a coordinate may lie that a window looks at, on any axis.
+        mirrored: rows that are held beside a window because padding reflects them.
+        row_positions: outputs of one row of its map, of one filter.
     """
 
     layer: Conv
@@ -46,6 +48,14 @@ class Case:
     precision: Precision
     architecture: int
     reach: int = 0
+    mirrored: int = 0
+    row_positions: int = 1
+
+    @property
+    def rows_under_one(self) -> int:
+        """Rows that may be held for one output row."""
+        layer = self.layer
+        return (layer.kernel[0] - 1) * layer.dilation[0] + 1 + self.mirrored
 
     @property
     def sums(self) -> DType:

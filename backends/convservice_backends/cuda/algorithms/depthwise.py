@@ -4,13 +4,15 @@ A thread computes a small tile of outputs and adds products in the order of `dir
 same bits, and so do all forms of the kernel: the form follows the layer, what is read in quads follows
 alignment.
 
-Which layers. A tiled matrix product computes 32 filters of a group at the least: with fewer, what is left of
-its 60 to 80 % of the arithmetic peak is at most that times group_out / 32. The forms of one size and stride
-add 144 products to 18 loads for each channel (3x3, stride 1), 576 to 27 with four filters a thread: about
-half of the peak at any number of filters, without loss to padding. So they are better up to 16 filters a
-group, and with four filters a thread also for more of them where a sum has so few products (36) that a matrix
-product is mostly prologue. The general form is good for about a fifth of the peak: up to 8 filters. Rows of
-16 bits leave groups of more than 8 filters to tensor cores, whose tiles are 8 wide. Sums of many products
+Which layers, by counting instructions and loads (nothing here has been measured). A tiled matrix product
+computes 32 filters of a group at the least: with fewer, what is left of the 60 to 80 % of the arithmetic
+peak that such products reach elsewhere is at most that times group_out / 32. The forms of one size and
+stride add 144 products to 18 loads for each channel (3x3, stride 1), 576 to 27 with four filters a
+thread: half of the peak would be left at any number of filters, without loss to padding. So they should
+be better up to 16 filters a group, and with four filters a thread also for more of them where a sum has
+so few products (36) that a matrix product is mostly prologue. The general form adds 4 products to 2
+loads, one of which takes 4 turns of the cache: a fifth of the peak, good for up to 8 filters. Rows of 16
+bits leave groups of more than 8 filters to tensor cores, whose tiles are 8 wide. Sums of many products
 (more than 288, but for one channel) are left to algorithms that can split them.
 """
 
@@ -126,8 +128,10 @@ class Depthwise:
         """Groups of few channels, by the counts in this module's docstring; rows within 32-bit offsets."""
         layer = case.layer
         width = case.row_elements // layer.in_channels
-        extent = (layer.kernel[0] - 1) * layer.dilation[0] + 1 + layer.stride[0]
-        far = max(2 * width * extent, *(4 * step for step in (*layer.stride, *layer.dilation)))
+        far = max(
+            2 * width * (case.rows_under_one + layer.stride[0]),
+            *(4 * step for step in (*layer.stride, *layer.dilation)),
+        )
         products = case.group_in * int(np.prod(layer.kernel))
         if far >= FARTHEST or (products > 288 and case.group_in > 1):
             return False

@@ -23,9 +23,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType
-from convservice.geometry import SampleShape
+from convservice.geometry import MAX_SIZE, SampleShape
 from convservice_backends.cuda.algorithms.base import Case, Problem, ceil_div, filters_as, float_types
-from convservice_backends.cuda.algorithms.fourier_tiles import Tile, cheapest_tile, kernel_of, tiles_for
+from convservice_backends.cuda.algorithms.fourier_tiles import (
+    SQUARE_SIZES,
+    Tile,
+    cheapest_tile,
+    kernel_of,
+    tiles_for,
+)
 from convservice_backends.cuda.arguments import ConvArguments
 from convservice_backends.cuda.device import Launch, Transform
 from convservice_backends.cuda.source import Kernel, type_constants, type_label
@@ -42,6 +48,10 @@ OWN_FILTERS, OWN_TILES = 4, 2
 
 BATCH_BYTES = 256 << 20
 """Working memory at most, unless one tile alone takes more."""
+
+PREFERRED_BYTES = 64 << 20
+"""Working memory worth a launch: what goes through device memory then takes longer than asking for it, by the
+bandwidth of datasheets."""
 
 FEWEST_TILES = 4
 """Tiles transformed at once at least, if they fit: a filter's transform is read once for `OWN_TILES`."""
@@ -110,6 +120,8 @@ class Fourier:
             return False
         if {*layer.stride, *layer.dilation} != {1} or layer.out_channels > MOST_ALONG_Y:
             return False
+        if case.row_positions * SQUARE_SIZES[-1] > MAX_SIZE:  # of one row of tiles
+            return False
         if not any(True for _ in tiles_for(case)):
             return False
         return bool(np.isfinite(layer.weight.astype(np.float32)).all())
@@ -151,15 +163,23 @@ class Fourier:
         return np.concatenate(parts)
 
     def batch(self, sample: SampleShape) -> int:
-        """Tiles that are transformed at once: those of one row of tiles, if the memory is enough."""
+        """Tiles that are transformed at once, always so many: those of one row of tiles, and of further rows
+        up to `PREFERRED_BYTES`, of a map that is taken to be as high as it is wide."""
         wanted = LINE_TILES
         if sample.rest:
-            wanted = max(FEWEST_TILES, ceil_div(sample.rest[0], self._across))
+            across, down = ceil_div(sample.rest[0], self._across), ceil_div(sample.rest[0], self._down)
+            rows = max(1, min(down, PREFERRED_BYTES // (across * self._tile_bytes)))
+            wanted = max(FEWEST_TILES, rows * across)
         return max(1, min(wanted, BATCH_BYTES // self._tile_bytes))
 
     def scratch_bytes(self, sample: SampleShape, rows: int, samples: int) -> int:
         """For one batch of tiles: what is known of them, inputs or sums, both transforms; for any run."""
         return self._parts(self.batch(sample))[-1]
+
+    def library_bytes(self, sample: SampleShape) -> int:
+        """What cuFFT may take beside that for its two plans, assumed to be what each reads and writes."""
+        reals, spectra, _, end = self._parts(self.batch(sample))
+        return (spectra - reals) + (end - reals)
 
     def launches(self, problem: Problem) -> Iterator[Launch | Transform]:
         """Batch by batch: gather, survey, transform, multiply, transform back, finish."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from convservice.dtypes import FLOAT32
 from convservice_backends.cuda.algorithms.base import Case, ceil_div
+from convservice_backends.cuda.algorithms.depthwise import Depthwise, form_of
+from convservice_backends.cuda.algorithms.tensor_core import TensorCore
 
 SQUARE_SIZES = (64, 128, 256)
 """Sizes that a tile may have along each of two axes."""
@@ -94,16 +96,18 @@ def transforms_cost(case: Case, tile: Tile) -> float:
 
 
 def products_cost(case: Case) -> float:
-    """The same for products one by one: two operations each, at the share of the peak that kernels reach.
+    """The same for products one by one: two operations each, at the share of the peak that kernels should
+    reach.
 
-    7/10 for a product of matrices, filters rounded up to 32; eight times that for 16-bit types, on tensor
-    cores; 1/2 for one channel a group, whatever the type.
+    1/2 where `depthwise` has a form for the layer's size and stride, 1/5 where only its general form fits;
+    7/10 for a product of matrices, filters rounded up to 32, times what tensor cores gain: 8 for 16-bit
+    types, 4 for float32 where they may round it to TF32.
     """
     layer, taps = case.layer, math.prod(case.layer.kernel)
-    if case.group_in == 1 and layer.groups > 1:
-        return 2 * taps * layer.out_channels / 0.5
+    if Depthwise.fits(case):
+        return 2 * taps * case.group_in * layer.out_channels / (0.5 if form_of(case).size else 0.2)
     filters = ceil_div(case.group_out, 32) * 32 * layer.groups
-    faster = 1 if case.given == FLOAT32 else 8
+    faster = 1 if not TensorCore.fits(case) else 4 if case.given == FLOAT32 else 8
     return 2 * taps * case.group_in * filters / 0.7 / faster
 
 

@@ -82,9 +82,7 @@ class ImplicitGemm:
     @classmethod
     def fits(cls, case: Case) -> bool:
         """Where twice a channel's rows under one window, and two more, are below `MOST_ELEMENTS` elements."""
-        layer = case.layer
-        extent = (layer.kernel[0] - 1) * layer.dilation[0] + 1
-        return 2 * (case.row_elements // layer.in_channels) * (extent + 2) < MOST_ELEMENTS
+        return 2 * (case.row_elements // case.layer.in_channels) * (case.rows_under_one + 2) < MOST_ELEMENTS
 
     @classmethod
     def kernels(cls) -> Iterator[Kernel]:

@@ -110,8 +110,7 @@ class TensorCore:
             return False
         chunks = max(case.layer.groups * ceil_div(case.group_in, chunk), MOST_MERGED // chunk)
         row = ceil_div(case.row_elements, case.layer.in_channels) * chunks
-        extent = (case.layer.kernel[0] - 1) * case.layer.dilation[0] + 1
-        return row * (extent + 2) < MOST_CHUNKS and chunks <= 8 * MOST_ALONG_Y
+        return row * (case.rows_under_one + 2) < MOST_CHUNKS and chunks <= 8 * MOST_ALONG_Y
 
     @classmethod
     def kernels(cls) -> Iterator[Kernel]:

@@ -23,7 +23,8 @@ from convservice_backends.cuda.source import Kernel, type_constants
 Floats = NDArray[np.float64]
 
 LARGE, SMALL = 64, 32
-"""Tiles of a block: the larger is faster where there is work for all multiprocessors. Bits are the same."""
+"""Tiles of a block: the larger reads less for each product, and should be faster where there is work for all
+multiprocessors. Bits are the same."""
 
 LARGE_FROM = 80
 """The lowest architecture whose blocks may have the 96 KiB of shared memory that the larger takes."""
@@ -94,7 +95,8 @@ class Winograd:
         if layer.groups * ceil_div(case.group_out, FILTERS) > MOST_ALONG_Y:
             return False
         largest = float(np.abs(layer.weight).max(initial=0.0))
-        return 8 * case.row_elements < FARTHEST and largest <= LARGEST_WEIGHT  # not where it is NaN
+        held = 2 * (case.rows_under_one + 1) * case.row_elements
+        return held < FARTHEST and largest <= LARGEST_WEIGHT  # not where it is NaN
 
     @classmethod
     def kernels(cls) -> Iterator[Kernel]:

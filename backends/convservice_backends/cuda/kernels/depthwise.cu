@@ -203,29 +203,34 @@ __device__ __forceinline__ void compute_tile(const ConvArguments& a, const Place
 
 __device__ __forceinline__ bool reads_quads(const ConvArguments&) { return false; }
 
-// The input at a coordinate of the innermost axis, 0 where it or the row lies in padding; `last` is the last one
-// that an output wanted looks at.
+// The input at a coordinate of the innermost axis, whose elements are neighbours. Where not all that a tile looks at
+// is real, it is 0 where it or the row lies in padding; `last` is the last coordinate that an output wanted looks at.
+template <bool REAL>
 __device__ __forceinline__ Sum read(const ConvArguments& a, const Input* row, bool inside, int coordinate, int last) {
-  const int at = real_coordinate(a.axes[2], coordinate < last ? coordinate : last, a.padding);
+  if (REAL) return Sum(widened(row[coordinate]));
+  const Axis& axis = a.axes[2];
+  const int wanted = min(coordinate, last), nearest = min(max(wanted, axis.low), axis.high - 1);
+  const int at = a.padding == REFLECT ? 2 * nearest - wanted : nearest;
   Input value = {};
-  if (inside && at >= 0) value = row[at * a.axes[2].step];
+  if (inside && (a.padding != ZEROS || nearest == wanted)) value = row[at];
   return Sum(widened(value));
 }
 
 // Adds the products of one row of weights. Where stride and dilation agree, neighbouring outputs look at the same
 // inputs: weight k of output c at that of weight k + 1 of output c - 1.
+template <bool REAL>
 __device__ __forceinline__ void add_row(const ConvArguments& a, const Input* row, bool inside, int first, int last,
                                         const Sum* weight, Sum (&sums)[TILE]) {
   const Axis& axis = a.axes[2];
   Sum x[COLUMNS];
   if (axis.stride == axis.dilation) {
 #pragma unroll
-    for (int c = 1; c < COLUMNS; c++) x[c] = read(a, row, inside, first + (c - 1) * axis.stride, last);
+    for (int c = 1; c < COLUMNS; c++) x[c] = read<REAL>(a, row, inside, first + (c - 1) * axis.stride, last);
 #pragma unroll 4
     for (int k = 0; k < axis.kernel; k++) {
 #pragma unroll
       for (int c = 0; c + 1 < COLUMNS; c++) x[c] = x[c + 1];
-      x[COLUMNS - 1] = read(a, row, inside, first + (COLUMNS - 1 + k) * axis.stride, last);
+      x[COLUMNS - 1] = read<REAL>(a, row, inside, first + (COLUMNS - 1 + k) * axis.stride, last);
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++) sums[c] = fused_multiply_add(weight[k], x[c], sums[c]);
     }
@@ -234,7 +239,7 @@ __device__ __forceinline__ void add_row(const ConvArguments& a, const Input* row
     for (int k = 0; k < axis.kernel; k++)
 #pragma unroll
       for (int c = 0; c < COLUMNS; c++) {
-        const Sum value = read(a, row, inside, first + c * axis.stride + k * axis.dilation, last);
+        const Sum value = read<REAL>(a, row, inside, first + c * axis.stride + k * axis.dilation, last);
         sums[c] = fused_multiply_add(weight[k], value, sums[c]);
       }
   }
@@ -246,6 +251,8 @@ __device__ __forceinline__ void compute_tile(const ConvArguments& a, const Place
   const Axis& middle = a.axes[1];
   const Axis& inner = a.axes[2];
   const int first = coordinate(inner, at.column, 0), last = coordinate(inner, inner.count - 1, inner.kernel - 1);
+  const int far = coordinate(inner, at.column + COLUMNS - 1, inner.kernel - 1);
+  const bool real = first >= inner.low && far < inner.high && far <= last;
   const int group = at.filter / a.group_out;
   const Input* plane =
       static_cast<const Input*>(a.input) + at.sample * a.input_sample + group * a.group_in * a.input_channel;
@@ -261,7 +268,8 @@ __device__ __forceinline__ void compute_tile(const ConvArguments& a, const Place
         const int x1 = real_coordinate(middle, coordinate(middle, at.row, j), a.padding);
         const bool inside = x0 >= 0 && x1 >= 0;
         const Input* row = plane + (inside ? x0 * outer.step + x1 * middle.step : 0);
-        add_row(a, row, inside, first, last, weight, sums);
+        if (real && inside) add_row<true>(a, row, true, first, last, weight, sums);
+        else add_row<false>(a, row, inside, first, last, weight, sums);
       }
     }
   finish_tile(a, at, sums);

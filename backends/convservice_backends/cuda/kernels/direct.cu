@@ -17,8 +17,9 @@ __device__ __forceinline__ long long element_at(const Axis& axis, int index, int
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 8) KERNEL(const ConvArguments a) {
-  const int position = blockIdx.x * THREADS + threadIdx.x;
-  if (position >= a.positions) return;
+  const unsigned at = blockIdx.x * THREADS + threadIdx.x;  // unsigned: it may pass 2^31 where positions do not
+  if (at >= (unsigned)a.positions) return;
+  const int position = (int)at;
   const int inner = position % a.axes[2].count;
   const int middle = position / a.axes[2].count % a.axes[1].count;
   const int outer = position / a.axes[2].count / a.axes[1].count;

@@ -295,7 +295,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) KERNEL(const ConvArgume
     sum = sums[row * (long long)layout.columns + column] * (1.0 / layout.elements);  // a power of two
     if (statistics.flags & NOT_FINITE) {
       doubted = true;
-    } else if (integers && error < 0.5) {
+    } else if (integers) {
+      doubted = !(error < 0.5);
       sum = rint(sum);
     } else {
       // The promise allows (K + 3) u (|x|*|w|) + K eta, and |x|*|w| is at least what the sum certainly is. Half of
