@@ -22,7 +22,7 @@ import convservice
 from convservice.cli.embedded import EmbeddedServer
 from convservice.cli.kernels import KERNELS
 from convservice.cli.output import byte_size
-from convservice.cli.worked_example import FEATURE_MAP, INPUT, WEIGHT
+from convservice.worked_example import FEATURE_MAP, INPUT, WEIGHT
 
 OUTPUT = Path("demo-output") / "feature-maps.png"
 

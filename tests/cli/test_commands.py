@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convservice.cli.worked_example import FEATURE_MAP
+from convservice.worked_example import FEATURE_MAP
 from tests.cli.conftest import Cli
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from convservice import Activation, Conv, InvalidRequest, SampleShape
 from convservice.cli.local import check, convolve
 from convservice.cli.neuron import activated, neuron_view
-from convservice.cli.worked_example import FEATURE_MAP, INPUT, WEIGHT
 from convservice.dtypes import dtype_of
 from convservice.layers import FUNCTIONS
+from convservice.worked_example import FEATURE_MAP, INPUT, WEIGHT
 from convservice_backends.reference import layer_reference
 
 LAYERS: list[tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = [

@@ -19,6 +19,8 @@ from convservice.errors import BackendUnavailable, InternalError, Reason, Resour
 from convservice.layers import Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
+from convservice_backends import trial
+from convservice_backends.cuda.algorithms import VARIABLE
 from convservice_backends.cuda.device import Transform
 from convservice_backends.cupy import backend as module
 from convservice_backends.cupy.backend import CupyBackend
@@ -39,7 +41,7 @@ def cupy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     monkeypatch.setattr(module, "find_spec", installed)
     monkeypatch.setattr(module, "DRIVER", ctypes.util.find_library("c"))
     monkeypatch.setattr(module, "KernelCache", lambda: fake)
-    for variable in (module.MEMORY_VARIABLE, module.ALGORITHM_VARIABLE):
+    for variable in (module.MEMORY_VARIABLE, VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     return fake
 
@@ -91,13 +93,16 @@ def test_each_step_of_the_detection_has_its_reason(cupy: FakeCupy, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(cupy, "before_launch", lambda: fail(CUDADriverError("CUDA_ERROR_NO_BINARY: x", 209)))
         assert refusal().startswith(
-            "the trial kernel failed: the device refused a call: CUDA_ERROR_NO_BINARY"
+            "the trial with the worked example failed: the device refused a call: CUDA_ERROR_NO_BINARY"
         )
 
 
 def test_a_device_that_computes_nonsense_is_refused(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FEATURE_MAP", ((12, 12, 17), (10, 17, 19), (9, 6, 15)))
-    assert "for the worked example, expected ((12, 12, 17), (10, 17, 19), (9, 6, 15))" in refusal()
+    monkeypatch.setattr(trial, "FEATURE_MAP", np.array([[12, 12, 17], [10, 17, 19], [9, 6, 15]], np.float32))
+    assert (
+        "for the worked example, expected [[12.0, 12.0, 17.0], [10.0, 17.0, 19.0], [9.0, 6.0, 15.0]]"
+        in refusal()
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,7 @@ def test_a_device_that_computes_nonsense_is_refused(cupy: FakeCupy, monkeypatch:
     [
         (module.MEMORY_VARIABLE, "8GB", "CONVSERVICE_DEVICE_MEMORY must be a number of bytes, not '8GB'"),
         (module.MEMORY_VARIABLE, "0", "CONVSERVICE_DEVICE_MEMORY must be a number of bytes, not '0'"),
-        (module.ALGORITHM_VARIABLE, "magic", "CONVSERVICE_CUDA_ALGORITHM must be one of direct, "),
+        (VARIABLE, "magic", "CONVSERVICE_CUDA_ALGORITHM must be one of direct, "),
     ],
 )
 def test_settings_that_are_wrong_are_reasons(
@@ -159,7 +164,7 @@ def test_kernels_get_the_shared_memory_that_they_ask_for(
     cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, algorithm: str, dtype: str, filters: int
 ) -> None:
     """More than 48 KiB must be asked for before a launch; the stand-in refuses as CUDA does."""
-    monkeypatch.setenv(module.ALGORITHM_VARIABLE, algorithm)
+    monkeypatch.setenv(VARIABLE, algorithm)
     monkeypatch.setattr(cupy, "processors", 1)
     taken = set[int]()
     cupy.on_launch = lambda kernel: taken.add(kernel.dynamic_bytes)
@@ -175,7 +180,7 @@ def test_kernels_get_the_shared_memory_that_they_ask_for(
 def test_it_transforms(
     cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch, rank: int, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setenv(module.ALGORITHM_VARIABLE, "fourier")
+    monkeypatch.setenv(VARIABLE, "fourier")
     backend = CupyBackend()
     layers = (random_array(rng, shape[: 2 + rank], FLOAT32) for shape in ((2, 1, 5, 5), (1, 2, 3, 7)))
     network = every_map(Network(list(map(Conv, layers))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -93,15 +92,18 @@ def test_what_cannot_be_had_makes_no_room(memory: DeviceMemory) -> None:
 
 
 def test_weights_that_many_want_at_once_are_packed_once(memory: DeviceMemory) -> None:
-    begun, pack = threading.Barrier(8), Packing(10)
+    begun, another, pack = threading.Barrier(8), threading.Event(), Packing(10)
 
-    def slowly() -> tuple[Array]:
-        time.sleep(0.05)
-        return pack()
+    def while_others_want_them() -> tuple[Array]:
+        if pack.times:
+            another.set()
+        packed = pack()
+        another.wait(0.1)  # of nobody, if all is well
+        return packed
 
     def want() -> int:
         begun.wait()
-        with memory.weights(("net", 0), slowly) as (there,):
+        with memory.weights(("net", 0), while_others_want_them) as (there,):
             return there.address
 
     with ThreadPoolExecutor(8) as pool:

@@ -9,11 +9,12 @@ import pytest
 
 from convservice.bands import TensorSpec
 from convservice.dtypes import FLOAT32, DType, dtype_of
-from convservice.errors import ResourceExhausted
+from convservice.errors import InvalidRequest, ResourceExhausted
 from convservice.geometry import SampleShape
 from convservice.layers import Activation, Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
+from convservice_backends.cuda.algorithms import NAMES
 from convservice_backends.cuda.backend import CudaBackend
 from convservice_backends.cuda.device import DeviceInfo
 from convservice_backends.cuda.dry import kernels_for
@@ -67,6 +68,27 @@ def test_the_same_kernels(
     found = kernels_for(network, spec_of(x), INFO, precision=precision, out_dtype=out_dtype)
     assert set(found) == device.ran
     assert len(found) == len(set(found)) > 0
+
+
+@pytest.mark.parametrize("algorithm", NAMES)
+def test_the_same_kernels_with_an_algorithm_of_ones_choice(algorithm: str) -> None:
+    network = Network([conv((16, 16, 3, 3), padding=1)])  # all of them fit it
+    x = np.zeros((1, 16, 9, 8), np.float32)
+    device = WritingDevice()
+    run(CudaBackend([device], {}, algorithm=algorithm).prepare(network, Precision.FAST), x)
+    found = kernels_for(network, spec_of(x), INFO, precision=Precision.FAST, algorithm=algorithm)
+    assert set(found) == device.ran
+    assert any(kernel.name.startswith(algorithm) for kernel in found)
+
+
+def test_an_algorithm_that_there_is_not() -> None:
+    with pytest.raises(InvalidRequest, match="there is no algorithm 'magic'; known are "):
+        kernels_for(
+            Network([conv((1, 1, 3, 3))]),
+            spec_of(np.zeros((1, 1, 9, 8), np.float32)),
+            INFO,
+            algorithm="magic",
+        )
 
 
 def test_a_tensor_that_the_device_is_too_small_for() -> None:

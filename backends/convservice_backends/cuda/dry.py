@@ -109,6 +109,7 @@ def kernels_for(
     *,
     precision: Precision = Precision.HIGH,
     out_dtype: DType | None = None,
+    algorithm: str | None = None,
 ) -> tuple[Kernel, ...]:
     """The kernels that a tensor needs, in the order of their first launch.
 
@@ -121,13 +122,15 @@ def kernels_for(
         info: the device.
         precision: what the caller allows.
         out_dtype: dtype of the results; None for the network's own.
+        algorithm: a convolution algorithm to take wherever it fits.
 
     Raises:
         BackendUnavailable: a device has no such layer.
+        InvalidRequest: the tensor does not fit the network, or there is no algorithm of that name.
         ResourceExhausted: the device's memory is too small for the tensor.
     """
     device = DryDevice(info)
-    prepared = CudaBackend([device], {}).prepare(network, precision)
+    prepared = CudaBackend([device], {}, algorithm=algorithm).prepare(network, precision)
     height = spec.sample.height
     in_bands = min(height, band_rows_for(spec.row_bytes, PAYLOAD_BYTES))
     for band_rows in dict.fromkeys((height, in_bands)):

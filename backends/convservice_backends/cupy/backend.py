@@ -14,35 +14,23 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-import numpy as np
-
 import convservice
 from convservice.errors import BackendUnavailable, ConvServiceError, Reason
-from convservice.layers import Conv
-from convservice.network import Network
-from convservice.wire.enums import Precision
-from convservice_backends.cuda.algorithms import NAMES
+from convservice_backends.cuda.algorithms import wanted_by_environment
 from convservice_backends.cuda.backend import CudaBackend
 from convservice_backends.cupy.cache import KernelCache
 from convservice_backends.cupy.device import CupyDevice
-from convservice_backends.session import run
+from convservice_backends.trial import try_worked_example
 
 log = logging.getLogger(__name__)
 
 MEMORY_VARIABLE = "CONVSERVICE_DEVICE_MEMORY"
 """Environment: bytes that may be taken of each device's memory."""
 
-ALGORITHM_VARIABLE = "CONVSERVICE_CUDA_ALGORITHM"
-"""Environment: a convolution algorithm to take wherever it fits."""
-
 DRIVER = "libcuda.so.1"
 """The driver's library, on Linux."""
 
 INSTALL = "pip install 'convservice[server,cuda13]' (or cuda12, as the driver demands)"
-
-INPUT = ((3, 3, 2, 1, 0), (0, 0, 1, 3, 1), (3, 1, 2, 2, 3), (2, 0, 0, 2, 2), (2, 0, 0, 0, 1))
-FILTER = ((0, 1, 2), (2, 2, 0), (0, 1, 2))
-FEATURE_MAP = ((12, 12, 17), (10, 17, 19), (9, 6, 14))
 
 
 class CupyBackend(CudaBackend):
@@ -59,12 +47,12 @@ class CupyBackend(CudaBackend):
 
     def __init__(self, algorithm: str | None = None) -> None:
         cupy = _imported()
-        cache, algorithm, limit = KernelCache(), algorithm or _algorithm(), _memory_limit()
+        cache, algorithm, limit = KernelCache(), algorithm or wanted_by_environment(), _memory_limit()
         models = _models(cupy)
         versions = _versions(cupy, cache)  # before a device is touched: what refuses must not keep its memory
         super().__init__(_devices(models, cache, limit), versions, algorithm=algorithm)
         try:
-            _try(self)
+            try_worked_example(self, len(self.contexts))
         except BaseException:
             self.close()
             raise
@@ -138,33 +126,6 @@ def _memory_limit() -> int | None:
     if not text.isdecimal() or not int(text):
         raise _unavailable(f"{MEMORY_VARIABLE} must be a number of bytes, not {text!r}")
     return int(text)
-
-
-def _algorithm() -> str | None:
-    wanted = os.environ.get(ALGORITHM_VARIABLE) or None
-    if wanted is not None and wanted not in NAMES:
-        raise _unavailable(f"{ALGORITHM_VARIABLE} must be one of {', '.join(NAMES)}, not {wanted!r}")
-    return wanted
-
-
-def _try(backend: CudaBackend) -> None:
-    """Runs the worked example, on every device, and compares the answers.
-
-    Raises:
-        BackendUnavailable: it could not be run, or the answer is wrong.
-    """
-    x = np.array([[INPUT]] * len(backend.contexts), np.float32)  # a sample for each device
-    network = Network([Conv(np.array(FILTER, np.float32)[None, None])])
-    try:
-        found = run(backend.prepare(network, Precision.HIGH), x)
-    except ConvServiceError as exc:
-        raise _unavailable(f"the trial kernel failed: {exc.message}") from exc
-    (answer,) = found.values()
-    for given in answer[:, 0]:
-        if not np.array_equal(given, np.array(FEATURE_MAP)):
-            raise _unavailable(
-                f"the trial kernel gave {given.tolist()} for the worked example, expected {FEATURE_MAP}"
-            )
 
 
 def _unavailable(why: str) -> BackendUnavailable:

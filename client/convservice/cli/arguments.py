@@ -16,9 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.cli.outcome import CommandFailed, Exit
+from convservice.layers import Conv
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 """Where `serve` listens when it is not told otherwise."""
+
+EMBEDDED = "the server; without it one is started on a free port, used and stopped"
+"""What `--target` is to most commands."""
+
+CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode", "activation")
+"""The options of a convolution, as `Conv` names them."""
 
 
 def with_lists_joined(arguments: Sequence[str]) -> list[str]:
@@ -43,14 +50,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """Adds what says where a command sends its requests: `--target` and `--timeout`."""
-    parser.add_argument(
-        "--target",
-        metavar="HOST:PORT",
-        type=target,
-        help="the server; without it one is started on a free port, used and stopped",
-    )
+def add_target(parser: argparse.ArgumentParser, meaning: str = EMBEDDED) -> None:
+    """Adds what says where a command sends its requests: `--target`, which is `meaning`, and `--timeout`."""
+    parser.add_argument("--target", metavar="HOST:PORT", type=target, help=meaning)
     parser.add_argument(
         "--timeout", metavar="SECONDS", type=seconds, help="for each request (default: no limit)"
     )
@@ -136,21 +138,38 @@ def load_array(path: Path) -> NDArray[Any]:
 
 
 def add_convolution(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a convolution, as `conv2d` has them."""
+    """Adds the options of a convolution, as `conv2d` has them; `convolution` makes a layer of them."""
     group = parser.add_argument_group("the convolution; numbers are for all axes or one for each, as in 2,1")
-    group.add_argument("--stride", metavar="N", type=one_or_per_axis, default=1, help="default: 1")
+    group.add_argument("--stride", metavar="N", type=one_or_per_axis, help="default: 1")
     group.add_argument(
         "--padding",
         metavar="P",
         type=padding,
-        default=0,
         help="same, valid, 1, 1,2 or pairs of before and after: 0:1,2:2 (default: 0)",
     )
-    group.add_argument("--dilation", metavar="N", type=one_or_per_axis, default=1, help="default: 1")
-    group.add_argument("--groups", metavar="N", type=positive, default=1, help="default: 1")
-    group.add_argument(
-        "--padding-mode", choices=("zeros", "reflect", "replicate"), default="zeros", help="default: zeros"
-    )
-    group.add_argument(
-        "--activation", metavar="NAME", default="linear", help="such as relu or sigmoid (default: linear)"
-    )
+    group.add_argument("--dilation", metavar="N", type=one_or_per_axis, help="default: 1")
+    group.add_argument("--groups", metavar="N", type=positive, help="default: 1")
+    group.add_argument("--padding-mode", choices=("zeros", "reflect", "replicate"), help="default: zeros")
+    group.add_argument("--activation", metavar="NAME", help="such as relu or sigmoid (default: linear)")
+
+
+def convolution_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those options of `add_convolution` that were given, by the names that `Conv` has for them."""
+    options = {name: getattr(arguments, name) for name in CONVOLUTION}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def convolution(
+    arguments: argparse.Namespace, weight: NDArray[Any], bias: NDArray[Any] | None = None
+) -> Conv:
+    """The layer that the options of `add_convolution` describe.
+
+    Args:
+        arguments: a command's.
+        weight: the filter bank, (out_channels, in_channels / groups, *kernel).
+        bias: the thresholds, (out_channels,).
+
+    Raises:
+        InvalidRequest: as `Conv` does.
+    """
+    return Conv(weight, bias, **convolution_options(arguments))

@@ -16,8 +16,8 @@ from convservice.cli.grid import beside, framed, grid, number
 from convservice.cli.neuron import neuron_view
 from convservice.cli.outcome import Exit
 from convservice.cli.output import show_json, styled
-from convservice.cli.worked_example import FEATURE_MAP, INPUT, WEIGHT
 from convservice.layers import Conv
+from convservice.worked_example import FEATURE_MAP, INPUT, WEIGHT
 
 DESCRIPTION = """\
 Prints the worked example: a 5x5 input, a 3x3 filter, what each of the nine neurons looks at and with which

@@ -15,6 +15,7 @@ from convservice.cli.arguments import (
     add_convolution,
     add_json,
     add_service,
+    convolution,
     integers,
     load_array,
     positive,
@@ -25,9 +26,9 @@ from convservice.cli.grid import beside, framed, grid, number
 from convservice.cli.neuron import NeuronView, neuron_view
 from convservice.cli.outcome import CommandFailed, Exit
 from convservice.cli.output import show_json, styled
-from convservice.cli.worked_example import INPUT, WEIGHT
 from convservice.dtypes import DTYPES
 from convservice.layers import Conv
+from convservice.worked_example import INPUT, WEIGHT
 
 DESCRIPTION = """\
 Shows one neuron: the values in its receptive field, the weight on each, the products, their sum, the
@@ -122,16 +123,7 @@ def _problem(arguments: argparse.Namespace) -> Problem:
     if weight.ndim == rank:
         weight = weight[None, None]
         x = x[None] if x.ndim == rank else x
-    layer = Conv(
-        weight,
-        bias,
-        stride=arguments.stride,
-        padding=arguments.padding,
-        dilation=arguments.dilation,
-        groups=arguments.groups,
-        padding_mode=arguments.padding_mode,
-        activation=arguments.activation,
-    )
+    layer = convolution(arguments, weight, bias)
     if x.ndim not in (layer.rank + 1, layer.rank + 2):
         raise CommandFailed(
             f"a filter bank {layer.weight.shape} takes an input (N, C, *spatial) or (C, *spatial) with"

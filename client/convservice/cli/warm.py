@@ -1,4 +1,9 @@
-"""`convservice warm`: compiles the CUDA kernels that a network needs before a request waits for them."""
+"""`convservice warm`: compiles the CUDA kernels that a network needs before a request waits for them.
+
+A network is given as a filter bank, or as the name of one that a server keeps. Of that only the layers are
+fetched: zeros stand for its weights. Values take no part in the choice of kernels, unless they are not
+finite or close to float32's largest: the FFT and Winograd's algorithm do without such filters.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +18,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.bands import TensorSpec
-from convservice.cli.arguments import add_convolution, add_json, integers, load_array, positive
+from convservice.cli.arguments import (
+    add_convolution,
+    add_json,
+    add_target,
+    convolution,
+    convolution_options,
+    integers,
+    load_array,
+    positive,
+)
 from convservice.cli.command import Command
+from convservice.cli.embedded import connected
 from convservice.cli.outcome import CommandFailed, Exit
 from convservice.cli.output import show_json, show_table
-from convservice.dtypes import FLOAT32, DType, dtype_of
+from convservice.dtypes import DTYPES, FLOAT32, DType, dtype_of
 from convservice.errors import BackendUnavailable
-from convservice.geometry import SampleShape
-from convservice.layers import Conv
-from convservice.network import Network
+from convservice.geometry import MAX_RANK, SampleShape
+from convservice.network import NAME_PREFIX, Network
+from convservice.tensors import Tensor
 from convservice.wire.enums import Precision
+from convservice.wire.networks import network_from_proto, network_to_proto
 
 if TYPE_CHECKING:
     from convservice_backends.cuda.device import DeviceInfo
 
 DESCRIPTION = """\
-Compiles the CUDA kernels that a convolution of this shape needs on a GPU, and keeps them where the server on
-this machine finds them: in CONVSERVICE_KERNEL_CACHE, or in the user's cache folder. Without a GPU, say for
-which one with --architecture.
+Compiles the CUDA kernels that a network needs for inputs of one shape, so that no request waits for them, and
+keeps them where a server on this machine finds them: in CONVSERVICE_KERNEL_CACHE, or in the user's cache
+folder. They are for the GPU here; without one, say for which with --architecture. NETWORK is one of
+  64,3,7,7             one convolution, by the shape of its filter bank: (out, in / groups, *kernel)
+  weight.npy           one convolution, by a file with its filter bank
+  networks/sha256-...  all layers of a network that was registered on the server at --target
+
+Give what the requests will give: other types, or another precision, may need other kernels. If the server
+runs with CONVSERVICE_CUDA_ALGORITHM set, set it here too.
 """
 
 PROCESSORS = {75: 40, 80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
@@ -46,13 +68,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "network",
         metavar="NETWORK",
-        help="a filter bank (out, in / groups, *kernel) in a .npy file, or its shape alone, such as 64,3,7,7",
+        help="the shape of a filter bank, its .npy file, or the name of a registered network",
     )
     parser.add_argument(
-        "--shape", metavar="N,C,H,W", type=integers, required=True, help="of the input, samples first"
+        "--shape",
+        metavar="N,C,H,W",
+        type=integers,
+        required=True,
+        help="of the input, samples first: 1,3,224,224 for one image",
     )
-    parser.add_argument("--dtype", help="of the input (default: the filter bank's, or float32)")
-    parser.add_argument("--precision", choices=[one.value for one in Precision], default=Precision.HIGH.value)
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="of the input (default: that of the weights, or float32)"
+    )
+    parser.add_argument(
+        "--out-dtype", metavar="NAME", help="of the result (default: that of the weights, or float32)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=[one.value for one in Precision],
+        default=Precision.HIGH.value,
+        help="that of the requests; fast allows algorithms that round more (default: high)",
+    )
     parser.add_argument(
         "--architecture",
         metavar="N",
@@ -60,8 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute capability, such as 90 for 9.0 (default: that of the GPU here)",
     )
     parser.add_argument(
-        "--processors", metavar="N", type=positive, help="its multiprocessors (default: a common device's)"
+        "--processors",
+        metavar="N",
+        type=positive,
+        help="that GPU's multiprocessors (default: a common one's)",
     )
+    add_target(parser, "the server that keeps the registered network; for that alone")
     add_convolution(parser)
     add_json(parser)
 
@@ -71,10 +111,14 @@ def run(arguments: argparse.Namespace) -> int:
     from convservice_backends.cuda.dry import kernels_for
     from convservice_backends.cupy.cache import KernelCache
 
-    cache = KernelCache()
+    cache, algorithm = KernelCache(), _algorithm()
+    out_dtype = dtype_of(arguments.out_dtype) if arguments.out_dtype else None
     network, spec = _problem(arguments)
     device = _device(arguments, cache)
-    kernels = kernels_for(network, spec, device, precision=Precision(arguments.precision))
+    precision = Precision(arguments.precision)
+    kernels = kernels_for(
+        network, spec, device, precision=precision, out_dtype=out_dtype, algorithm=algorithm
+    )
     started = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         paths = list(pool.map(cache.path, kernels, [device.architecture] * len(kernels)))
@@ -103,36 +147,83 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _problem(arguments: argparse.Namespace) -> tuple[Network, TensorSpec]:
     """The network and the tensor that the arguments describe."""
-    weight = _filter_bank(arguments.network)
-    dtype = dtype_of(arguments.dtype) if arguments.dtype else dtype_of(weight.dtype)
-    layer = Conv(
-        weight.astype(_weight_dtype(dtype).numpy),
-        stride=arguments.stride,
-        padding=arguments.padding,
-        dilation=arguments.dilation,
-        groups=arguments.groups,
-        padding_mode=arguments.padding_mode,
-        activation=arguments.activation,
-    )
+    given = dtype_of(arguments.dtype) if arguments.dtype else None
+    if arguments.network.startswith(NAME_PREFIX):
+        network = _registered(arguments)
+        own = network.tensors[0].dtype if network.tensors else FLOAT32
+    else:
+        weight = _filter_bank(arguments)
+        own = given or dtype_of(weight.dtype)
+        network = Network([convolution(arguments, weight.astype(_weight_dtype(own, weight).numpy))])
     shape: tuple[int, ...] = arguments.shape
-    if len(shape) != layer.rank + 2 or min(shape) < 1:
+    rank = min(max(len(shape) - 2, 1), MAX_RANK) if network.rank is None else network.rank
+    if len(shape) != rank + 2 or min(shape) < 1:
+        sizes = f"3 to {MAX_RANK + 2}" if network.rank is None else rank + 2
         raise CommandFailed(
-            f"--shape must have {layer.rank + 2} sizes of at least 1, samples first, not {shape}", Exit.USAGE
+            f"--shape must have {sizes} sizes of at least 1, samples first, not {shape}", Exit.USAGE
         )
-    layer.output_shape(shape)
+    network.output_shape(shape)
     sample = SampleShape(shape[1], shape[2], shape[3:])
-    return Network([layer]), TensorSpec(dtype, sample, shape[0], shape[2])
+    return network, TensorSpec(given or own, sample, shape[0], shape[2])
 
 
-def _filter_bank(text: str) -> NDArray[Any]:
+def _registered(arguments: argparse.Namespace) -> Network:
+    """The network that the server keeps, with zeros for its weights."""
+    name: str = arguments.network
+    if arguments.target is None:
+        raise CommandFailed(
+            f"a registered network is fetched from the server that keeps it: {name} needs --target HOST:PORT",
+            Exit.USAGE,
+        )
+    options = [f"--{option.replace('_', '-')}" for option in convolution_options(arguments)]
+    if options:
+        raise CommandFailed(
+            f"the layers of a registered network have their own stride, padding and so on: {name} takes no"
+            f" {', '.join(options)}",
+            Exit.USAGE,
+        )
+    with connected(arguments) as client:
+        fetched = client.network(name).network
+    return network_from_proto(network_to_proto(fetched), _zeros)
+
+
+def _zeros(reference: Tensor) -> Tensor:
+    """Zeros in place of values that are not here."""
+    return Tensor.adopt(np.zeros(reference.shape, reference.dtype.numpy))
+
+
+def _filter_bank(arguments: argparse.Namespace) -> NDArray[Any]:
     """The filters in a file, or zeros of a shape: values do not matter here."""
+    text: str = arguments.network
+    if arguments.target is not None:
+        raise CommandFailed(
+            f"--target says which server keeps a registered network, {NAME_PREFIX}...: no server is asked"
+            f" about the filter bank {text}, and kernels are compiled on this machine",
+            Exit.USAGE,
+        )
     if re.fullmatch(r"\d+(,\d+)+", text):
         return np.zeros(integers(text), np.float32)
-    return load_array(Path(text))
+    weight = load_array(Path(text))
+    if weight.dtype.kind not in "biuf":
+        raise CommandFailed(f"filters are real numbers; {text} holds {weight.dtype}", Exit.USAGE)
+    return weight
 
 
-def _weight_dtype(dtype: DType) -> DType:
-    return dtype if dtype.is_float else FLOAT32
+def _weight_dtype(given: DType, weight: NDArray[Any]) -> DType:
+    """That of the input, `given`; beside integers the filter bank's own, if the service has such a float."""
+    if given.is_float:
+        return given
+    return next((dtype for dtype in DTYPES if dtype.is_float and dtype.name == weight.dtype.name), FLOAT32)
+
+
+def _algorithm() -> str | None:
+    """The algorithm that the environment asks for, as it does of the backend."""
+    from convservice_backends.cuda.algorithms import wanted_by_environment
+
+    try:
+        return wanted_by_environment()
+    except BackendUnavailable as exc:
+        raise CommandFailed(exc.message, Exit.USAGE) from exc
 
 
 def _device(arguments: argparse.Namespace, cache: Any) -> DeviceInfo:

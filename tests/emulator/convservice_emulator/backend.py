@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from convservice_backends.cuda.algorithms import wanted_by_environment
 from convservice_backends.cuda.backend import CudaBackend
 from convservice_backends.cuda.device import DeviceInfo
 from convservice_emulator.build import Compiler
@@ -40,4 +41,6 @@ class EmulatorBackend(CudaBackend):
     ) -> None:
         compiler = Compiler()
         devices = [EmulatedDevice(compiler, info, policy, order) for _ in range(workers or 1)]
-        super().__init__(devices, {"compiler": compiler.version}, algorithm=algorithm)
+        super().__init__(
+            devices, {"compiler": compiler.version}, algorithm=algorithm or wanted_by_environment()
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from convservice.errors import InvalidRequest, Reason
+import os
+
+from convservice.errors import BackendUnavailable, InvalidRequest, Reason
 from convservice_backends.cuda.algorithms.base import Algorithm, Case, Problem
 from convservice_backends.cuda.algorithms.depthwise import Depthwise
 from convservice_backends.cuda.algorithms.direct import Direct
@@ -19,6 +21,23 @@ MOST_REACH = 1 << 30
 """Coordinates beyond are for `direct` alone: the other kernels count them with 32 bits."""
 
 NAMES = tuple(algorithm.name for algorithm in ALGORITHMS)
+
+VARIABLE = "CONVSERVICE_CUDA_ALGORITHM"
+"""Environment: an algorithm to take wherever it fits."""
+
+
+def wanted_by_environment() -> str | None:
+    """The algorithm that the environment wants, if any.
+
+    Raises:
+        BackendUnavailable: there is none of that name.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted is not None and wanted not in NAMES:
+        raise BackendUnavailable(
+            f"{VARIABLE} must be one of {', '.join(NAMES)}, not {wanted!r}", reason=Reason.BACKEND_UNAVAILABLE
+        )
+    return wanted
 
 
 def choose(case: Case, wanted: str | None = None) -> Algorithm:
@@ -45,4 +64,14 @@ def choose(case: Case, wanted: str | None = None) -> Algorithm:
     return chosen(case)
 
 
-__all__ = ["ALGORITHMS", "NAMES", "Algorithm", "Case", "Fourier", "Problem", "choose"]
+__all__ = [
+    "ALGORITHMS",
+    "NAMES",
+    "VARIABLE",
+    "Algorithm",
+    "Case",
+    "Fourier",
+    "Problem",
+    "choose",
+    "wanted_by_environment",
+]
