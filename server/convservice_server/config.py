@@ -106,7 +106,7 @@ class ServerConfig:
                 raise _wrong(name, "above 0 seconds", getattr(self, name))
         self._one_of("log_format", ("text", "json"))
         self._one_of("log_level", ("debug", "info", "warning", "error"))
-        if not self.backend:
+        if not self.backend or not isinstance(self.backend, str):
             raise _wrong("backend", "a backend's name or 'auto'", self.backend)
         together = self.max_unary_bytes + self.max_inline_weight_bytes + MESSAGE_SLACK_BYTES
         if together > self.max_message_bytes:
@@ -153,7 +153,7 @@ class ServerConfig:
 
 def split_address(listen: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`; the brackets of an IPv6 host are kept."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):(\d{1,5})", str(listen))
     if match is None or int(match[2]) > 65_535:
         raise _wrong("listen", "HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:50051", listen)
     return match[1], int(match[2])

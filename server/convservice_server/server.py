@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, cast
 
@@ -176,11 +177,15 @@ class Server:
             raise _cannot_listen(self.config, exc) from exc
 
 
-def serve(config: ServerConfig) -> int:
+def serve(config: ServerConfig, misspelt: Sequence[str] = ()) -> int:
     """Runs a server until SIGTERM or SIGINT; a second signal ends the process at once.
 
     It owns the process: it sets up logging, signals, memory, and BLAS (see `environment`), and prints
     `listening on HOST:PORT` as the first line of standard output once it is ready.
+
+    Args:
+        config: the settings.
+        misspelt: names in the environment that look like settings and are none, to warn of.
 
     Returns:
         The exit code: 0 after a drain, 1 when the server cannot start.
@@ -188,6 +193,8 @@ def serve(config: ServerConfig) -> int:
     one_blas_thread()
     keep_freed_memory()
     logs.configure(config.log_format, config.log_level)
+    for name in misspelt:
+        log.warning("%s in the environment is no setting", name)
     wanted = threading.Event()
     # Blocked before there is any other thread, so that all inherit it and none but the watcher takes them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -221,3 +221,20 @@ def test_a_missing_package_is_named_with_its_extra(missing: str, arguments: list
     ended = without({missing}, *arguments)
     assert ended.returncode == 1
     assert ended.stderr == f"convservice: this needs the package {message}\n"
+
+
+def test_a_server_of_ones_own_is_not_told_what_others_are(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVSERVICE_LISTEN", "nowhere")
+    monkeypatch.setenv("CONVSERVICE_CONFIG", "/no/such/file")
+    assert cli("example").status == 0
+    monkeypatch.setenv("CONVSERVICE_BACKEND", "abacus")
+    assert "there is no backend 'abacus'" in cli("example").err
+
+
+def test_serve_prints_its_settings_and_says_where_a_wrong_one_came_from(cli: Cli) -> None:
+    printed = cli("serve", "--print-config", "--max-streams", "5")
+    assert printed.status == 0
+    assert "max_streams = 5  # --max-streams\n" in printed.out
+    refused = cli("serve", "--max-streams", "none")
+    assert refused.status == 2
+    assert "--max-streams: max_streams must be a whole number from 1 to 4096, not 'none'" in refused.err

@@ -8,6 +8,7 @@ imports it.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import IO
 
 from convservice import ConvClient, connect
 from convservice.cli.outcome import CommandFailed
+from convservice.cli.serve import SETTINGS
 
 START_SECONDS = 60.0
 """A server that has not said where it listens by then is given up."""
@@ -55,6 +57,7 @@ class EmbeddedServer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            env=_environment(),
             start_new_session=True,
         )
         try:
@@ -102,6 +105,16 @@ class EmbeddedServer:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without the settings of other servers, the choice of a backend apart."""
+    settings = {
+        setting.variable for group in SETTINGS.values() for setting in group if setting.name != "backend"
+    }
+    return {
+        name: value for name, value in os.environ.items() if name not in settings | {"CONVSERVICE_CONFIG"}
+    }
 
 
 @contextmanager
