@@ -6,6 +6,7 @@ VENV ?= .venv
 PROTO_VENV ?= .venv-proto
 FLOOR_VENV ?= .venv-floor
 BENCH_VENV ?= .venv-bench
+GPU_VENV ?= .venv-gpu
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PARTS ?=
@@ -40,8 +41,8 @@ test-install: $(VENV)/test.stamp ## install the plain wheel elsewhere and call a
 	tools/check-install $(PYTHON) $(VENV)
 
 .PHONY: test-gpu
-test-gpu: $(VENV)/test.stamp ## on a GPU: the suite, every kernel form, compute-sanitizer (PARTS='suite forms')
-	PYTHON=$(VENV)/bin/python tools/test-gpu $(PARTS)
+test-gpu: $(GPU_VENV)/test-gpu.stamp ## on a GPU: the suite, every kernel form, compute-sanitizer (PARTS='suite forms')
+	PYTHON=$(GPU_VENV)/bin/python tools/test-gpu $(PARTS)
 
 .PHONY: gate
 gate: $(VENV)/test.stamp ## compile the CUDA kernels that changed, and a sample: no spills, registers as recorded
@@ -102,10 +103,10 @@ clean: ## remove caches and what builds and the demo wrote
 
 .PHONY: distclean
 distclean: clean ## remove the virtual environments as well
-	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) $(BENCH_VENV)
+	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) $(BENCH_VENV) $(GPU_VENV)
 
 # A stamp FOLDER/GROUP.stamp says that the environment holds the project, editable, and that dependency group.
-$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python $(BENCH_VENV)/bin/python:
+$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python $(BENCH_VENV)/bin/python $(GPU_VENV)/bin/python:
 	tools/make-venv $(PYTHON) $(@:/bin/python=)
 
 # What runs the tests has the emulator too, a distribution of its own.
@@ -117,9 +118,18 @@ $(BENCH_VENV)/bench.stamp: $(BENCH_VENV)/bin/python pyproject.toml
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --group bench
 	@touch $@
 
-# Where the driver speaks CUDA 12: make GPU_EXTRA=cuda12 bench-gpu
+# Where the driver speaks CUDA 12: make GPU_EXTRA=cuda12 test-gpu, and bench-gpu
 $(BENCH_VENV)/bench-gpu.stamp: $(BENCH_VENV)/bin/python pyproject.toml
 	$(BENCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS),$(GPU_EXTRA)]' --group bench --group demo
+	@touch $@
+
+# Not the group `test`: that holds one compiler of CUDA 13, and CuPy for it. The sanitizer of cuda12 is not executable.
+SANITIZER_cuda13 := nvidia-cuda-sanitizer-api==13.0.*
+SANITIZER_cuda12 := nvidia-cuda-sanitizer-api-cu12==12.9.*
+$(GPU_VENV)/test-gpu.stamp: $(GPU_VENV)/bin/python pyproject.toml
+	$(GPU_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS),$(GPU_EXTRA)]' --group demo \
+		hypothesis ml_dtypes pytest pytest-timeout scipy '$(SANITIZER_$(GPU_EXTRA))'
+	find $(GPU_VENV) -name compute-sanitizer -exec chmod +x {} +
 	@touch $@
 
 $(PROTO_VENV)/proto.stamp: $(PROTO_VENV)/bin/python pyproject.toml

@@ -1,13 +1,16 @@
 """Convolutions on a GPU, each algorithm beside cuDNN on the same tensors.
 
     make bench-gpu
+    make bench-gpu BENCH_ARGS='--resume benchmarks/results/gpu-h100.json'
     PYTHONPATH=client:backends:server python3 -m benchmarks.gpu    (a checkout that was not installed)
     python -m benchmarks.gpu --families ResNet-50 --precisions float32 --algorithms chosen --minutes 5
     python -m benchmarks.gpu --plot benchmarks/results/gpu-h100.json
 
-Every result is validated first; what is wrong is reported so and not timed. A case that fails is noted and
-the next one follows. JSON and table are written after every case; the plot is drawn from the JSON, on any
-machine. `--device emulator --families tiny` tries the program where there is no GPU; its times mean nothing.
+Every result is validated first; what is wrong is reported so and not timed. What fails is noted and the next
+one follows. The JSON is written before and after every row, the table after every case; a run that was ended
+by the time, a crash or a kernel that hangs is gone on with by --resume, which leaves out what was under way.
+A file that is there is written by --resume alone. The plot is drawn from the JSON, on any machine. `--device
+emulator --families tiny` tries the program where there is no GPU; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ import importlib
 import platform
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,19 +30,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu_arrays import NumpyArrays, TorchArrays
-from benchmarks.gpu_cases import FAMILIES, TINY, ConvCase, Family
-from benchmarks.gpu_check import Wrong
-from benchmarks.gpu_clocks import EventClock, HostClock, Times
-from benchmarks.gpu_layers import PRECISIONS, Rig, Tensors, fitting, measure, peer_times, tensors_of
-from benchmarks.gpu_plot import draw
-from benchmarks.gpu_stream import Stretch, stream_images
-from benchmarks.gpu_table import OK, Report, Row, geometric_mean, ratios
-from convservice_backends.cuda.algorithms import base
+from benchmarks.gpu_cases import FAMILIES, TINY
+from benchmarks.gpu_clocks import EventClock, HostClock
+from benchmarks.gpu_device import backend_of, driver_state
+from benchmarks.gpu_layers import PRECISIONS, Rig
+from benchmarks.gpu_plot import draw, drawn
+from benchmarks.gpu_report import OK, Report, resumed
+from benchmarks.gpu_run import ALL, CHOSEN, Course, Lost, cases_of
+from benchmarks.gpu_stream import DTYPES_SENT, Stretch
+from benchmarks.gpu_table import means, write
+from convservice_backends.cuda.algorithms import NAMES, base
 from convservice_backends.cuda.backend import CudaBackend
 
 RESULTS = Path(__file__).parent / "results"
-
-TINY_STRETCH = {"images": 3, "shape": (3, 12, 16), "filters": 4, "repeats": 1}
 
 
 def kernels_digest() -> str:
@@ -59,33 +61,81 @@ def model_of(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the command line asks for; the status is 1 where a result was wrong or a case failed."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.plot is not None:
-        path = options.plot.with_suffix(".png")
-        draw(Report.read(options.plot), path)
-        print(path)
-        return 0
+        return _plot(options.plot)
+    if not any(True for _ in cases_of(options)):
+        parser.error("--families, --batches and --cases leave no case")
     with ExitStack() as stack:
         backend = stack.enter_context(closing(backend_of(options.device)))
+        header = _header(backend, options)
+        try:
+            path = _path(options, header["device"])
+            report = resumed(options.resume, header, timed=not options.only_validate)
+        except (OSError, ValueError, TypeError, KeyError) as exc:  # whatever a file may hold
+            parser.error(f"{type(exc).__name__}: {exc}")
         emulated = options.device == "emulator"
         rig = _emulated(backend) if emulated else _gpu(stack, backend, options.seconds)
-        report = Report(_header(backend, options))
-        model = model_of(rig.device.info.name)
-        path = options.output or RESULTS / f"gpu-{model}"
-        _measure_all(rig, report, options, path)
+        gone = _measure(Course(rig, report, options, path), options)
+        if not emulated:
+            header["nvidia-smi after"] = driver_state(_bus())
+        write(report, path)
+    return _end(report, path, gone)
+
+
+def _measure(course: Course, options: argparse.Namespace) -> str:
+    """Measures; hands on why the device has failed for good, if it has."""
+    try:
+        if not options.only_stream:
+            if not options.only_validate:
+                course.peaks()
+            course.cases()
         if not options.no_stream:
-            _stream_all(backend, report, options)
-        report.write(path)
-    for precision in PRECISIONS:
-        mean = geometric_mean(ratios(report, None, precision))
-        if mean is not None:
-            print(f"ratio to cuDNN, {precision}, geometric mean: {mean:.2f}")
-    if any(row.ratio is not None for row in report.rows):
+            course.stream(_stretches(options))
+    except Lost as exc:
+        return str(exc)
+    return ""
+
+
+def _end(report: Report, path: Path, gone: str) -> int:
+    """Says what came out and draws it; the program's status."""
+    for line in means(report):
+        print(line)
+    if drawn(report):
         draw(report, path.with_suffix(".png"))
     print(path.with_suffix(".md"))
+    if gone:
+        print(f"the device has failed for good: {gone}", file=sys.stderr)
+        print(f"to go on behind what failed: --resume {path.with_suffix('.json')}", file=sys.stderr)
     bad = [row for row in report.rows if row.status != OK]
     bad_stream = [figures for figures in report.stream if "status" in figures]
-    return 1 if bad or bad_stream else 0
+    return 1 if bad or bad_stream or gone else 0
+
+
+def _plot(kept: Path) -> int:
+    report, path = Report.read(kept), kept.with_suffix(".png")
+    if not drawn(report):
+        print(f"{kept} has no ratio to cuDNN to draw", file=sys.stderr)
+        return 1
+    draw(report, path)
+    print(path)
+    return 0
+
+
+def _path(options: argparse.Namespace, device: str) -> Path:
+    """Where results are kept, without suffix.
+
+    Raises:
+        ValueError: there is a file already that this run does not go on with.
+    """
+    path: Path = options.output or RESULTS / f"gpu-{model_of(device)}"
+    if options.resume and options.output is None:
+        path = options.resume[0].with_suffix("")
+    kept = path.with_suffix(".json")
+    if kept.exists() and kept.resolve() not in {each.resolve() for each in options.resume}:
+        raise ValueError(f"{kept} is there already: go on with it (--resume), or write elsewhere (--output)")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,30 +147,46 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=re.compile, help="only cases whose name this expression finds")
     parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=tuple(PRECISIONS))
     parser.add_argument(
-        "--algorithms", default="all", help="all (default), chosen, or names with commas between them"
+        "--algorithms",
+        type=_algorithms,
+        default=(ALL,),
+        help="all, chosen, or names with commas between them",
     )
     parser.add_argument("--seconds", type=float, default=0.005, help="of work in one measurement")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no further case begins")
-    parser.add_argument("--only-validate", action="store_true", help="time nothing")
+    parser.add_argument("--only-validate", action="store_true", help="time no layer")
     parser.add_argument("--no-peer", action="store_true", help="without cuDNN")
     parser.add_argument("--no-channels-last", action="store_true", help="without cuDNN's other layout")
-    parser.add_argument("--no-stream", action="store_true", help="without the stream of images")
+    streams = parser.add_mutually_exclusive_group()
+    streams.add_argument("--no-stream", action="store_true", help="without the stream of images")
+    streams.add_argument("--only-stream", action="store_true", help="the stream of images alone")
     parser.add_argument("--images", type=int, default=64, help="of the stream")
-    parser.add_argument("--output", type=Path, help="path without suffix; benchmarks/results/gpu-MODEL else")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="JSON",
+        action="append",
+        default=[],
+        help="go on with a kept result; may be given several times",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="path without suffix; else that of --resume, or results/gpu-MODEL"
+    )
     parser.add_argument(
         "--plot", type=Path, metavar="JSON", help="draw the plot of a kept result, and no more"
     )
     return parser
 
 
-def backend_of(device: str) -> CudaBackend:
-    """The backend on GPUs, or on the device that stands in for one."""
-    if device == "emulator":
-        found: CudaBackend = importlib.import_module("convservice_emulator.backend").EmulatorBackend()
-        return found
-    from convservice_backends.cupy.backend import CupyBackend
-
-    return CupyBackend()
+def _algorithms(text: str) -> tuple[str, ...]:
+    """Names of algorithms, or what stands for several of them."""
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in NAMES]
+    if unknown and names not in {(ALL,), (CHOSEN,)}:
+        raise argparse.ArgumentTypeError(
+            f"there is no {', '.join(map(repr, unknown))}: {ALL}, {CHOSEN}, or some of {', '.join(NAMES)}"
+        )
+    return names
 
 
 def _emulated(backend: CudaBackend) -> Rig:
@@ -138,161 +204,55 @@ def _gpu(stack: ExitStack, backend: CudaBackend, seconds: float) -> Rig:
     outer = torch.cuda.ExternalStream(stream.stream.ptr)
     clock = EventClock(torch, outer, seconds)
     peer = EventClock(torch, torch.cuda.current_stream(), seconds)
-    stack.callback(torch.cuda.synchronize)
+    stack.callback(_settle, torch)
     return Rig(device, stream, arrays, clock, peer)
+
+
+def _settle(torch: Any) -> None:
+    """Waits for all work before memory goes; on a device that has failed there is none to wait for."""
+    with suppress(Exception):
+        torch.cuda.synchronize()
 
 
 def _header(backend: CudaBackend, options: argparse.Namespace) -> dict[str, str]:
     described = backend.describe()
     versions = dict(described.versions)
+    state: dict[str, str] = {}
     if options.device == "cupy":
         torch = importlib.import_module("torch")
         versions |= {"torch": str(torch.__version__), "torch's CUDA": str(torch.version.cuda)}
         versions["cuDNN"] = str(torch.backends.cudnn.version())
+        state["nvidia-smi before"] = driver_state(_bus())
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
     return {
         "device": described.device,
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "kernels": kernels_digest(),
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "options": " ".join(
-            f"{name}={value}" for name, value in sorted(vars(options).items()) if name != "output" and value
-        ),
+        "options": ", ".join(_said(options)),
+        **state,
     }
 
 
-def _chosen_cases(options: argparse.Namespace) -> Iterator[ConvCase]:
-    families: tuple[Family, ...] = FAMILIES
-    if options.families:
-        families = tuple(family for family in (*FAMILIES, TINY) if family.name in options.families)
-    for family in families:
-        for batch in family.batches:
-            if options.batches and batch not in options.batches:
-                continue
-            for case in family.cases:
-                if options.cases is None or options.cases.search(case.name):
-                    yield case.at_batch(batch)
+def _said(options: argparse.Namespace) -> Iterator[str]:
+    """The options that have a value, in words."""
+    given: dict[str, Any] = vars(options)
+    for name, value in sorted(given.items()):
+        if value and name != "output":
+            several = name in {"algorithms", "batches", "families", "precisions", "resume"}
+            text = " ".join(map(str, value)) if several else getattr(value, "pattern", value)
+            yield f"{name.replace('_', '-')} {text}"
 
 
-def _measure_all(rig: Rig, report: Report, options: argparse.Namespace, path: Path) -> None:
-    """Measures every case in every precision, until the time is up."""
-    until = time.monotonic() + 60 * options.minutes
-    left = 0
-    for case in _chosen_cases(options):
-        for precision in options.precisions:
-            if time.monotonic() > until:
-                left += 1
-                continue
-            begin = time.monotonic()
-            rows = list(_measure_case(rig, case, precision, options))
-            report.rows += rows
-            for row in rows:
-                print(_line(row), flush=True)
-            rig.arrays.tidy()
-            if time.monotonic() - begin > 10:
-                print(f"  ({time.monotonic() - begin:.0f} s)", flush=True)
-        report.write(path)
-    if left:
-        report.notes.append(f"{left} cases, for which the {options.minutes:g} minutes did not suffice")
+def _bus() -> str:
+    """Where the GPU is on the PCI bus."""
+    return str(importlib.import_module("cupy").cuda.Device(0).pci_bus_id)
 
 
-def _line(row: Row) -> str:
-    numbers = [
-        f"{name} {value:.4g}"
-        for name, value in (
-            ("error", row.error),
-            ("us", row.device_us),
-            ("TFLOP/s", row.teraflops),
-            ("GB/s", row.gigabytes),
-            ("ratio", row.ratio),
-            ("host us", row.host_us),
-        )
-        if value is not None
-    ]
-    name = f"*{row.algorithm}" if row.chosen else row.algorithm
-    said = f"{row.status} ({', '.join(numbers)})" if numbers else row.status
-    return f"{row.family}, {row.case}, batch {row.batch}, {row.precision}: {name}: {said}"
-
-
-def _measure_case(rig: Rig, case: ConvCase, precision: str, options: argparse.Namespace) -> Iterator[Row]:
-    """One row for each algorithm; whatever goes wrong becomes a row too."""
-    blank: dict[str, Any] = {
-        "family": case.family,
-        "case": case.name,
-        "batch": case.batch,
-        "precision": precision,
-        "operations": case.operations,
-    }
-    try:
-        tensors = tensors_of(rig, case, precision)
-        blank["nbytes"] = case.moved(tensors.dtype.itemsize)
-        names = fitting(case, tensors.layer, tensors.dtype, PRECISIONS[precision][1], rig.device.info)
-    except Exception as exc:  # noqa: BLE001 - one case's failure must not take the others along
-        yield _failed(blank | {"nbytes": 0}, "none", exc, chosen=True)
-        return
-    peers: dict[str, float | None] = {}
-    if not options.only_validate and not options.no_peer and rig.peer_clock is not None:
-        peers = _peers(rig, case, precision, tensors, options)
-    for name in names:
-        chosen = name == names[0]
-        if options.algorithms not in {"all", "chosen"} and name not in options.algorithms.split(","):
-            continue
-        if options.algorithms == "chosen" and not chosen:
-            continue
-        try:
-            found = measure(rig, case, precision, name, tensors, timed=not options.only_validate)
-        except Exception as exc:  # noqa: BLE001 - as above
-            yield _failed(blank, name, exc, chosen=chosen)
-            continue
-        times = found.times
-        timed = {} if times is None else _microseconds(times)
-        measured: dict[str, Any] = {"error": found.error, "launches": found.launches, **timed, **peers}
-        yield Row(**blank, algorithm=name, chosen=chosen, status=OK, **measured)
-
-
-def _microseconds(times: Times) -> dict[str, float]:
-    return {
-        "device_us": times.device * 1e6,
-        "host_us": times.host * 1e6,
-        "unaided_us": times.unaided * 1e6,
-    }
-
-
-def _peers(
-    rig: Rig, case: ConvCase, precision: str, tensors: Tensors, options: argparse.Namespace
-) -> dict[str, float | None]:
-    """cuDNN's times in both layouts; None where it fails."""
-    layouts = {"peer_us": "contiguous"}
-    if not options.no_channels_last:
-        layouts["peer_channels_last_us"] = "channels_last"
-    found: dict[str, float | None] = {}
-    for name, layout in layouts.items():
-        try:
-            times = peer_times(rig, case, precision, tensors, layout)
-            found[name] = None if times is None else times.device * 1e6
-        except Exception as exc:  # noqa: BLE001 - as above
-            print(f"cuDNN, {layout}: {case.name}: {type(exc).__name__}: {exc}", file=sys.stderr, flush=True)
-            found[name] = None
-    return found
-
-
-def _failed(blank: dict[str, Any], algorithm: str, exc: Exception, *, chosen: bool) -> Row:
-    kind = "wrong" if isinstance(exc, Wrong) else f"failed: {type(exc).__name__}"
-    said = " ".join(str(exc).split()).replace("|", "/")[:200]
-    return Row(**blank, algorithm=algorithm, chosen=chosen, status=f"{kind}: {said}")
-
-
-def _stream_all(backend: CudaBackend, report: Report, options: argparse.Namespace) -> None:
-    """The stream of images, as float32 and as uint8."""
-    for dtype in ("float32", "uint8"):
-        small: Any = TINY_STRETCH if options.device == "emulator" else {"images": options.images}
-        try:
-            figures = stream_images(backend, Stretch(dtype=dtype, **small))
-        except Exception as exc:  # noqa: BLE001 - as above
-            figures = {"images": dtype, "status": f"failed: {type(exc).__name__}: {exc}"}
-        report.stream.append(figures)
-        for name, value in figures.items():
-            print(f"stream, {name}: {value}", flush=True)
+def _stretches(options: argparse.Namespace) -> list[Stretch]:
+    if options.device == "emulator":
+        return [Stretch(3, (3, 12, 16), 4, dtype, repeats=1) for dtype in DTYPES_SENT]
+    return [Stretch(options.images, dtype=dtype) for dtype in DTYPES_SENT]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ LARGEST_INTEGER = 2
 """Integer-valued tensors hold -2 to 2: a sum of up to 2**18 products stays exact in float32."""
 
 MOST_KEPT = 8 << 30
-"""Bytes that PyTorch may keep for later."""
+"""Bytes that PyTorch may keep for later between two cases."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +78,13 @@ class Arrays(Protocol):
         """Float64 values rounded once to a dtype, again in float64."""
         ...
 
-    def tidy(self) -> None:
-        """Gives back memory that the library keeps for later: others take from the same device."""
+    def synchronize(self) -> None:
+        """Returns when the library's own work on the device is done: other streams do not wait for it."""
+        ...
+
+    def tidy(self, most: int = MOST_KEPT) -> None:
+        """Gives back memory that the library keeps for later if it is more than `most` bytes: others take
+        from the same device."""
         ...
 
 
@@ -166,7 +171,10 @@ class NumpyArrays:
         """See `Arrays`."""
         return rounded(array, dtype).astype(np.float64)
 
-    def tidy(self) -> None:
+    def synchronize(self) -> None:
+        """See `Arrays`; the copies were waited for."""
+
+    def tidy(self, most: int = MOST_KEPT) -> None:
         """See `Arrays`; NumPy keeps none."""
 
 
@@ -265,7 +273,11 @@ class TorchArrays:
         """See `Arrays`: exact in float32 first where it is asked of integers below 2**24."""
         return array.to(getattr(self.torch, dtype.name)).double()
 
-    def tidy(self) -> None:
+    def synchronize(self) -> None:
         """See `Arrays`."""
-        if self.device == "cuda" and self.torch.cuda.memory_reserved() > MOST_KEPT:
+        self.torch.cuda.synchronize()
+
+    def tidy(self, most: int = MOST_KEPT) -> None:
+        """See `Arrays`."""
+        if self.device == "cuda" and self.torch.cuda.memory_reserved() > most:
             self.torch.cuda.empty_cache()

@@ -1,9 +1,10 @@
 """Whether a feature map is right: against a float64 convolution, within what the service promises.
 
 Given a case, its tensors and what was computed, `error_share` hands on the largest error as a share of the
-bound: at most 1 where the promise is kept. The bounds are those of `convservice_backends.reference`,
-`tensor_core.tf32_roundoff` and `winograd.error_bound`. A batch is made of a few samples over and over; they
-are compared with the reference, and all others with them, bit for bit, which the service promises as well.
+bound, and `demand_bounded` demands that it is at most 1: the promise is kept. The bounds are those of
+`convservice_backends.reference`, `tensor_core.tf32_roundoff` and `winograd.error_bound`. A batch is made of a
+few samples over and over; they are compared with the reference, and all others with them, bit for bit, which
+the service promises as well.
 """
 
 from __future__ import annotations
@@ -45,33 +46,63 @@ class Computed:
 
 
 def error_share(arrays: Arrays, given: Computed, algorithm: str) -> float:
-    """The largest error of the first samples as a share of the promised bound.
+    """The largest error of the first samples as a share of the promised bound; NaN where an element is NaN.
 
     Args:
         arrays: the library.
         given: what was computed.
-        algorithm: what computed it: its bound is its own.
-
-    Raises:
-        Wrong: the bound is broken, or two equal samples have different maps; says by how much.
+        algorithm: whose bound is asked for.
     """
-    case, dtype, sums = given.case, given.dtype, given.dtype.accumulator
-    _demand_equal(len(given.base), given.y)
+    case, dtype = given.case, given.dtype
     x, weight = arrays.double(given.base), arrays.double(given.weight)
     exact = arrays.convolved(case, x, weight)
     magnitude = arrays.convolved(case, abs(x), abs(weight))
-    if algorithm == "winograd":
-        bound = winograd_bound(case, x, weight)
-    elif algorithm == "tensor_core" and dtype.name == "float32":
+    bound = sum_bound(case, dtype, algorithm, (x, weight), (exact, magnitude))
+    bound = bound + dtype.roundoff * abs(exact) + dtype.smallest_normal
+    return float((abs(arrays.double(given.y[: len(x)]) - exact) / bound).max())
+
+
+def demand_bounded(arrays: Arrays, given: Computed, algorithm: str) -> float:
+    """`error_share`, once it is known to be at most 1, and equal samples to have equal maps.
+
+    Raises:
+        Wrong: one of both does not hold; says by how much.
+    """
+    _demand_equal(len(given.base), given.y)
+    return within(error_share(arrays, given, algorithm))
+
+
+def within(share: float) -> float:
+    """An error as a share of its bound, if it is at most 1.
+
+    Raises:
+        Wrong: it is more, or no number.
+    """
+    if not share <= 1:
+        raise Wrong(f"an error is {share:.3g} times the bound")
+    return share
+
+
+def sum_bound(
+    case: ConvCase, given: DType, algorithm: str, tensors: tuple[Any, Any], added: tuple[Any, Any]
+) -> Any:
+    """How far an algorithm's sums, thresholds added, may be from the exact ones before they are rounded.
+
+    Args:
+        case: the convolution.
+        given: dtype of rows and filters.
+        algorithm: by name.
+        tensors: input and filters, in float64 or wider.
+        added: the exact sums with their thresholds; sum |x||w| with the threshold's magnitude.
+    """
+    (exact, magnitude), sums = added, given.accumulator
+    if algorithm == "winograd":  # its own bound is of the sum without its threshold
+        bound = winograd_bound(case, *tensors) * (1 + sums.roundoff) + sums.roundoff * abs(exact)
+    elif algorithm == "tensor_core" and given.name == "float32":
         bound = tf32_roundoff(case.products) * magnitude
     else:
         bound = (case.products + 3) * sums.roundoff * magnitude
-    bound = bound + case.products * sums.smallest_normal + dtype.smallest_normal
-    bound = bound + dtype.roundoff * abs(exact)
-    share = float((abs(arrays.double(given.y[: len(x)]) - exact) / bound).max())
-    if not share <= 1:  # a NaN is no share
-        raise Wrong(f"an error is {share:.3g} times the bound")
-    return share
+    return bound + case.products * sums.smallest_normal
 
 
 def demand_exact(arrays: Arrays, given: Computed) -> None:

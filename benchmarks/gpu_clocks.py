@@ -28,6 +28,12 @@ MOST_CALLS = 200
 CACHES = 2.5
 """Bytes that copies take, in sizes of the last level cache."""
 
+REPEATS = 7
+"""Measurements of which the median counts."""
+
+FEWER_REPEATS = 3
+"""For what nobody would be given: algorithms that were not chosen."""
+
 MOST_COPIES = 128
 LONGEST_HEAD_START = 0.5  # seconds
 CYCLES = 2e9  # about what a device's clock makes in a second; a longer head start does no harm
@@ -35,22 +41,21 @@ CYCLES = 2e9  # about what a device's clock makes in a second; a longer head sta
 
 @dataclass(frozen=True)
 class Times:
-    """Medians of one piece of work, in seconds.
+    """Of one piece of work, in seconds; medians where nothing else is said.
 
     Attributes:
         device: between events, the device never waiting for the host.
         host: for asking.
         unaided: between events, without a head start.
+        fastest: the least that `device` is a median of.
+        slowest: the most.
     """
 
     device: float
     host: float
     unaided: float
-
-    @property
-    def idle(self) -> float:
-        """Share of the time that the device waits for the host where work is asked for piece by piece."""
-        return max(0.0, 1 - self.device / self.unaided) if self.unaided > 0 else 0.0
+    fastest: float
+    slowest: float
 
 
 class Clock(Protocol):
@@ -61,12 +66,13 @@ class Clock(Protocol):
         """Size of the device's last level cache; 0 where it does not matter."""
         ...
 
-    def times(self, ask: Ask, copies: int) -> Times:
+    def times(self, ask: Ask, copies: int, repeats: int = REPEATS) -> Times:
         """Measures a piece of work.
 
         Args:
             ask: asks for it.
             copies: after so many pieces the same memory is used again.
+            repeats: measurements.
         """
         ...
 
@@ -82,32 +88,26 @@ def calls_for(seconds: float, one: float, copies: int) -> int:
 
 
 class HostClock:
-    """Times on the host, for a device that is emulated: what is measured means nothing there.
+    """Times on the host, measured once, for a device that is emulated: they mean nothing there.
 
     Args:
         stream: on which the work is asked for.
-        repeats: measurements, of which the median counts.
     """
 
     cache_bytes = 0
 
-    def __init__(self, stream: Stream, repeats: int = 1) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._repeats = repeats
 
-    def times(self, ask: Ask, copies: int) -> Times:
+    def times(self, ask: Ask, copies: int, repeats: int = REPEATS) -> Times:
         """See `Clock`."""
-        asked: list[float] = []
-        done: list[float] = []
-        for _ in range(self._repeats):
-            begin = time.perf_counter()
-            for piece in range(copies):
-                ask(piece)
-            asked.append((time.perf_counter() - begin) / copies)
-            self._stream.synchronize()
-            done.append((time.perf_counter() - begin) / copies)
-        whole = statistics.median(done)
-        return Times(whole, statistics.median(asked), whole)
+        begin = time.perf_counter()
+        for piece in range(copies):
+            ask(piece)
+        asked = (time.perf_counter() - begin) / copies
+        self._stream.synchronize()
+        whole = (time.perf_counter() - begin) / copies
+        return Times(whole, asked, whole, whole, whole)
 
 
 class EventClock:
@@ -117,17 +117,15 @@ class EventClock:
         torch: the module.
         stream: PyTorch's stream on which the work is asked for.
         seconds: of work in one measurement, about.
-        repeats: measurements, of which the median counts.
     """
 
-    def __init__(self, torch: Any, stream: Any, seconds: float = 0.005, repeats: int = 7) -> None:
+    def __init__(self, torch: Any, stream: Any, seconds: float = 0.005) -> None:
         self._torch = torch
         self._stream = stream
         self._seconds = seconds
-        self._repeats = repeats
         self.cache_bytes = int(torch.cuda.get_device_properties(stream.device).L2_cache_size)
 
-    def times(self, ask: Ask, copies: int) -> Times:
+    def times(self, ask: Ask, copies: int, repeats: int = REPEATS) -> Times:
         """See `Clock`."""
         with self._torch.cuda.stream(self._stream):
             warm = max(copies, 2)
@@ -135,12 +133,15 @@ class EventClock:
             one, host = self._run(ask, warm, 0.0)
             calls = calls_for(self._seconds, one, copies)
             ahead = min(LONGEST_HEAD_START, 2 * host * calls + 0.0002)
-            aided = [self._run(ask, calls, ahead) for _ in range(self._repeats)]
-            unaided = [self._run(ask, calls, 0.0) for _ in range(self._repeats)]
+            aided = [self._run(ask, calls, ahead) for _ in range(repeats)]
+            unaided = [self._run(ask, calls, 0.0) for _ in range(repeats)]
+        devices = [device for device, _ in aided]
         return Times(
-            statistics.median(device for device, _ in aided),
+            statistics.median(devices),
             statistics.median(host for _, host in aided),
             statistics.median(device for device, _ in unaided),
+            min(devices),
+            max(devices),
         )
 
     def _run(self, ask: Ask, calls: int, ahead: float) -> tuple[float, float]:

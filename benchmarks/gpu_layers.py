@@ -1,4 +1,4 @@
-"""One convolution on a device, ready to be asked for again and again: by the project, and by cuDNN.
+"""One convolution on a device, ready to be asked for again and again.
 
 `LayerOnDevice` is given a case with its tensors, prepares the operator that the backend would use (or a
 forced algorithm) and asks for it on device arrays, the operator alone: no session, no copies, no transfers.
@@ -7,15 +7,16 @@ forced algorithm) and asks for it on device arrays, the operator alone: no sessi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from benchmarks.gpu_arrays import Arrays, Held, TorchArrays
+from benchmarks.gpu_arrays import Arrays, Held
 from benchmarks.gpu_cases import ConvCase
-from benchmarks.gpu_check import BASE_SAMPLES, Computed, demand_exact, error_share
-from benchmarks.gpu_clocks import Clock, Times, copies_for
+from benchmarks.gpu_check import BASE_SAMPLES, Computed, demand_bounded, demand_exact
+from benchmarks.gpu_clocks import REPEATS, Clock, Times, copies_for
 from convservice.dtypes import DType, dtype_of
 from convservice.geometry import SampleShape
 from convservice.layers import Conv
@@ -23,7 +24,7 @@ from convservice.wire.enums import Precision
 from convservice_backends.cuda.algorithms import NAMES
 from convservice_backends.cuda.array import DeviceArray
 from convservice_backends.cuda.convolution import ConvOperator
-from convservice_backends.cuda.device import Device, DeviceInfo, Launch, Stream
+from convservice_backends.cuda.device import Device, DeviceInfo, Launch, Stream, Transform
 from convservice_backends.cuda.workspace import DeviceWorkspace
 from convservice_backends.operators import Run
 
@@ -95,17 +96,39 @@ class CountedStream:
         self.launches += 1
         self._stream.launch(launch)
 
-    def transform(self, transform: Any) -> None:
+    def transform(self, transform: Transform) -> None:
         """See `device.Stream`; a transform counts as one launch, whatever its library makes of it."""
         self.launches += 1
-        cast("Any", self._stream).transform(transform)
+        self._stream.transform(transform)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
+class CountedDevice:
+    """A device whose streams count what they are asked to launch."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._streams: list[CountedStream] = []
+
+    @property
+    def launches(self) -> int:
+        """Of all its streams until now."""
+        return sum(stream.launches for stream in self._streams)
+
+    def stream(self) -> CountedStream:
+        """See `device.Device`."""
+        stream = CountedStream(self._device.stream())
+        self._streams.append(stream)
+        return stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._device, name)
+
+
 class LayerOnDevice:
-    """A convolution with its weights, on several copies of its tensors.
+    """A convolution with its weights, on as many copies of its tensors as a cache does not hold.
 
     Args:
         rig: what it is measured on.
@@ -113,7 +136,11 @@ class LayerOnDevice:
         tensors: its tensors.
         precision: what the caller allows.
         algorithm: one to force; the chosen one where not given.
-        copies: of input, filters and feature map.
+        cache_bytes: size of the cache; one copy where it is 0.
+
+    Attributes:
+        copies: of input, packed filters and feature map.
+        y: the feature maps.
     """
 
     def __init__(
@@ -124,7 +151,7 @@ class LayerOnDevice:
         *,
         precision: Precision,
         algorithm: str | None = None,
-        copies: int = 1,
+        cache_bytes: int = 0,
     ) -> None:
         arrays, info, dtype = rig.arrays, rig.device.info, tensors.dtype
         self._given = SampleShape(case.x[1], case.x[2], case.x[3:])
@@ -132,19 +159,23 @@ class LayerOnDevice:
         self.operator = ConvOperator(
             tensors.layer, dtype, self._given, precision=precision, info=info, algorithm=algorithm
         )
-        packed = self.operator.weights()
-        inputs = [tensors.x, *(arrays.held(_cloned(tensors.x.array)) for _ in range(copies - 1))]
+        packed = [arrays.held(array) for array in self.operator.weights()]
+        rows = dtype.itemsize * (math.prod(case.x) + math.prod(case.y))
+        self.copies = copies_for(rows + sum(held.memory.nbytes for held in packed), cache_bytes)
+        others = range(self.copies - 1)
+        inputs = [tensors.x, *(arrays.held(_cloned(tensors.x.array)) for _ in others)]
+        banks = [packed, *([arrays.held(_cloned(held.array)) for held in packed] for _ in others)]
         self._x = [DeviceArray.packed(held.memory, case.x, dtype) for held in inputs]
-        self._kept = inputs
-        self.y = [arrays.empty(case.y, dtype) for _ in range(copies)]
+        self._weights = [tuple(held.memory for held in bank) for bank in banks]
+        self.y = [arrays.empty(case.y, dtype) for _ in range(self.copies)]
         self._y = [DeviceArray.packed(held.memory, case.y, dtype) for held in self.y]
-        self._weights = [tuple(arrays.held(array).memory for array in packed) for _ in range(copies)]
+        # Of the stream, as a session's is: transforms take no other library's memory.
         wanted = self.operator.scratch_bytes(self._whole, self._whole.height, case.batch)
-        self._scratch = arrays.held(np.zeros(wanted, np.uint8)).memory if wanted else None
+        scratch = rig.stream.allocate(wanted) if wanted else None
         self._counted = CountedStream(rig.stream)
-        stream = cast("Stream", self._counted)
-        self._workspace = DeviceWorkspace(stream, self._scratch, info, lambda: None)
+        self._workspace = DeviceWorkspace(cast("Stream", self._counted), scratch, info, lambda: None)
         self._plan = self.operator.block_plan(self._given, self._whole)
+        arrays.synchronize()  # the stream does not wait for whoever filled the tensors
 
     def ask(self, piece: int) -> None:
         """Asks for one feature map, of copy `piece`."""
@@ -193,9 +224,17 @@ def tensors_of(rig: Rig, case: ConvCase, precision: str, *, integers: bool = Fal
 
 
 def measure(
-    rig: Rig, case: ConvCase, precision: str, algorithm: str, tensors: Tensors, *, timed: bool = True
+    rig: Rig, case: ConvCase, precision: str, algorithm: str, tensors: Tensors, *, repeats: int = REPEATS
 ) -> Measured:
     """Validates an algorithm on a case, exact integers first where they are promised, and then times it.
+
+    Args:
+        rig: what it is measured on.
+        case: the case.
+        precision: as the table has it.
+        algorithm: by name.
+        tensors: the case's.
+        repeats: measurements; 0 to time nothing.
 
     Raises:
         Wrong: it is not what is promised; it is not timed then.
@@ -208,52 +247,14 @@ def measure(
         y = rig.arrays.read(tried.y[0])
         demand_exact(rig.arrays, Computed(case, whole.dtype, whole.base, whole.weight, y))
         del tried, whole
-    copies = copies_for(case.moved(tensors.dtype.itemsize), rig.clock.cache_bytes)
-    layer = LayerOnDevice(rig, case, tensors, precision=allowed, algorithm=algorithm, copies=copies)
+    layer = LayerOnDevice(
+        rig, case, tensors, precision=allowed, algorithm=algorithm, cache_bytes=rig.clock.cache_bytes
+    )
     launches = layer.launches()
     y = rig.arrays.read(layer.y[0])
     computed = Computed(case, tensors.dtype, tensors.base, tensors.weight, y)
-    error = error_share(rig.arrays, computed, algorithm)
-    return Measured(error, launches, rig.clock.times(layer.ask, copies) if timed else None)
-
-
-def peer_times(rig: Rig, case: ConvCase, precision: str, tensors: Tensors, layout: str) -> Times | None:
-    """cuDNN's times through PyTorch, on the same tensors; None where there is no peer.
-
-    Args:
-        rig: what it is measured on.
-        case: the case.
-        precision: as the table has it; TF32 is allowed for "tf32" alone.
-        tensors: the case's.
-        layout: "contiguous", as the project reads them, or "channels_last": the tensors put so beforehand.
-    """
-    arrays, clock = rig.arrays, rig.peer_clock
-    if clock is None or not isinstance(arrays, TorchArrays):
-        return None
-    torch = arrays.torch
-    rest = arrays.convolution(case)
-    copies = copies_for(case.moved(tensors.dtype.itemsize), clock.cache_bytes)
-
-    def placed(tensor: Any) -> Any:
-        if layout == "channels_last" and tensor.dim() > 3:
-            kind = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
-            return tensor.clone(memory_format=kind)
-        return tensor.clone()
-
-    xs = [placed(tensors.x.array) for _ in range(copies)]
-    weights = [placed(tensors.weight) for _ in range(copies)]
-    maps: list[Any] = [None] * copies
-
-    def ask(piece: int) -> None:
-        maps[piece % copies] = rest(xs[piece % copies], weights[piece % copies])
-
-    allowed = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    with (
-        torch.no_grad(),
-        torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=allowed),
-    ):
-        return clock.times(ask, copies)
+    error = demand_bounded(rig.arrays, computed, algorithm)
+    return Measured(error, launches, rig.clock.times(layer.ask, layer.copies, repeats) if repeats else None)
 
 
 def _cloned(array: Any) -> Any:

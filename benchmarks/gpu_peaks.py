@@ -1,12 +1,24 @@
-"""What GPUs can do at best, by their maker's word: what a measured rate is a share of.
+"""What GPUs can do at best, by their maker's word and as found here: what a measured rate is a share of.
 
 `peaks_of` is given a device's name as the driver has it and hands on its `Peaks`, or None for a model that is
-not listed. Dense rates, without sparsity, products accumulated in float32, boost clock.
+not listed. Dense rates, without sparsity, products accumulated in float32, boost clock. `measured_peaks` is
+given PyTorch and hands on what its largest products and copies reach on this device, at the clock that its
+power allows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu_arrays import TorchArrays
+from benchmarks.gpu_clocks import FEWER_REPEATS, Ask, Clock
+
+SIDE = 8192
+"""Rows and columns of the matrices whose product is measured."""
+
+COPY_BYTES = 2 << 30
+"""Of the copy that is measured: far more than a cache holds."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,36 @@ def peaks_of(name: str) -> Peaks | None:
 def _named(part: str, name: str, words: list[str]) -> bool:
     """Whether a name has these words: whole ones where they are short, so that an L40 is no L4."""
     return part in words if len(part) < 3 else part in name
+
+
+def measured_peaks(
+    arrays: TorchArrays, clock: Clock, dtypes: dict[str, str], *, side: int = SIDE, nbytes: int = COPY_BYTES
+) -> dict[str, float]:
+    """TFLOP/s of a product of matrices in each precision, and GB/s of a copy as "memory": the best of three.
+
+    Args:
+        arrays: PyTorch's, on the device.
+        clock: of its work.
+        dtypes: precision to the dtype of its tensors; "tf32" alone allows TF32.
+        side: rows and columns of the matrices.
+        nbytes: of what is copied; it is read and written.
+    """
+    torch, device, found = arrays.torch, arrays.device, dict[str, float]()
+    for precision, name in dtypes.items():
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        kind = getattr(torch, name)
+        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = clock.times(_product(torch, a, b, out), 1, FEWER_REPEATS).fastest
+        found[precision] = 2 * side**3 / seconds / 1e12
+    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = clock.times(lambda _: target.copy_(source), 1, FEWER_REPEATS).fastest
+    found["memory"] = 2 * nbytes / seconds / 1e9
+    return found
+
+
+def _product(torch: Any, a: Any, b: Any, out: Any) -> Ask:
+    def ask(_: int) -> None:
+        torch.matmul(a, b, out=out)
+
+    return ask

@@ -1,10 +1,10 @@
 """A stream of images through a session on a device, transfers included, beside what its parts take alone.
 
-`stream_images` sends images through a bank of filters as the server would, band after band, and measures the
-whole. Before that it measures what the whole cannot beat: the same bytes up alone, the same convolutions
-alone, the same bytes down alone, and the host's copies into page-locked memory, each with nothing beside it.
-How close the slowest of upload, compute and download comes to the whole is the figure; compute over the whole
-is the share of the time that the device computes.
+`stream_images` sends images through a bank of filters as the server would, band after band, on one device,
+and measures the whole. Beside it, it measures what the whole cannot beat: the same bytes up alone, the same
+convolutions alone, the same bytes down alone, and the host's copies into page-locked memory, each with
+nothing beside it. How close the slowest of upload, compute and download comes to the whole is the figure;
+compute over the whole is the share of the time that the device convolves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu_arrays import NumpyArrays, convolved
 from benchmarks.gpu_cases import ConvCase
 from benchmarks.gpu_check import Wrong
+from benchmarks.gpu_layers import CountedDevice
 from convservice.bands import Band, TensorSpec
 from convservice.dtypes import FLOAT32, dtype_of
 from convservice.geometry import SampleShape
@@ -28,14 +29,17 @@ from convservice.layers import Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.array import DeviceArray
-from convservice_backends.cuda.backend import CudaBackend, DeviceContext
+from convservice_backends.cuda.backend import CudaBackend
 from convservice_backends.cuda.convolution import ConvOperator
-from convservice_backends.cuda.device import Stream
+from convservice_backends.cuda.device import Device
 from convservice_backends.cuda.lanes import SLOT_BYTES, SLOTS
 from convservice_backends.cuda.workspace import DeviceWorkspace
 from convservice_backends.operators import Run
 
 Array = NDArray[Any]
+
+DTYPES_SENT = ("float32", "uint8")
+"""Dtypes of images that are streamed."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,11 @@ class Stretch:
         return FLOAT32.itemsize * self.filters * (self.shape[1] - 2) * (self.shape[2] - 2)
 
 
-def stream_images(backend: CudaBackend, stretch: Stretch) -> dict[str, Any]:
+def stream_images(device: Device, stretch: Stretch) -> dict[str, Any]:
     """Measures one stretch; name of a figure to its value.
 
     Args:
-        backend: whose first device the parts are measured on.
+        device: what it is measured on; memory that others keep on it for later is in the way.
         stretch: what is sent.
 
     Raises:
@@ -79,35 +83,32 @@ def stream_images(backend: CudaBackend, stretch: Stretch) -> dict[str, Any]:
     """
     rng = np.random.default_rng(3)
     image = _image(rng, stretch)
-    weight = rng.standard_normal((stretch.filters, stretch.shape[0], 3, 3), dtype=np.float32)
-    network = Network([Conv(weight)])
-    context = backend.contexts[0]
-
-    def sent() -> float:
-        return _whole(backend, network, image, stretch)
+    layer = Conv(rng.standard_normal((stretch.filters, stretch.shape[0], 3, 3), dtype=np.float32))
+    whole, launches = _sessions(device, layer, image, stretch)
 
     def each(part: Callable[[], float]) -> float:
         part()
         return statistics.median(part() for _ in range(stretch.repeats))
 
-    whole = each(sent)
-    staged, up = _uploads(context, image, stretch)
-    parts = {"upload": each(up), "compute": each(_compute(context, network, stretch))}
-    parts["download"] = each(_downloads(context, stretch))
+    staged, up = _uploads(device, image, stretch)
+    parts = {"upload": each(up), "compute": each(_compute(device, layer, stretch))}
+    parts["download"] = each(_downloads(device, stretch))
     slowest = max(parts, key=lambda name: parts[name])
     return {
         "images": f"{stretch.images} of {'x'.join(map(str, stretch.shape))} {stretch.dtype}",
         "filters": f"{stretch.filters} of {stretch.shape[0]}x3x3 float32",
         "bytes up": stretch.images * stretch.image_bytes,
         "bytes down": stretch.images * stretch.map_bytes,
+        "kernel launches an image, whole": launches,
         "upload alone, ms": parts["upload"] * 1e3,
         "compute alone, ms": parts["compute"] * 1e3,
+        "what that leaves out": "turning rows to float32, copying them to where they are kept and sent from",
         "download alone, ms": parts["download"] * 1e3,
         "host's copies into page-locked memory alone, ms": each(staged) * 1e3,
         "whole, ms": whole * 1e3,
         "slowest part": slowest,
         "slowest part over whole": parts[slowest] / whole,
-        "share of the time that the device computes (compute alone over whole)": parts["compute"] / whole,
+        "share of the time that the device convolves (compute alone over whole)": parts["compute"] / whole,
         "images a second": stretch.images / whole,
     }
 
@@ -118,43 +119,54 @@ def _image(rng: np.random.Generator, stretch: Stretch) -> Array:
     return rng.standard_normal(stretch.shape, dtype=np.float32)
 
 
-def _whole(backend: CudaBackend, network: Network, image: Array, stretch: Stretch) -> float:
-    """Seconds from the first band to the last result; every result is looked at, none is copied."""
-    prepared = backend.prepare(network, Precision.HIGH)
+def _sessions(device: Device, layer: Conv, image: Array, stretch: Stretch) -> tuple[float, float]:
+    """Seconds that a session takes, and kernels that it launches for an image."""
+    counted = CountedDevice(device)
+    backend = CudaBackend([cast("Device", counted)], {})  # not closed: the device is needed further
+    _whole(backend, layer, image, stretch)  # compiles, allocates
+    before = counted.launches
+    seconds = statistics.median(_whole(backend, layer, image, stretch) for _ in range(stretch.repeats))
+    return seconds, (counted.launches - before) / stretch.repeats / stretch.images
+
+
+def _whole(backend: CudaBackend, layer: Conv, image: Array, stretch: Stretch) -> float:
+    """Seconds from the first band to the last result; every result is counted, few are copied."""
+    prepared = backend.prepare(Network([layer]), Precision.HIGH)
     sample = SampleShape(image.shape[0], image.shape[1], image.shape[2:])
     plan = prepared.plan(TensorSpec(dtype_of(image.dtype), sample, stretch.images, image.shape[1]))
-    seen = 0
+    seen, firsts = 0, dict[int, Array]()
+
+    def take(band: Band) -> int:
+        if band.sample in {0, stretch.images - 1} and band.first_row == 0:
+            firsts[band.sample] = band.array[:1, :, :1].copy()  # looked at when time no longer counts
+        return int(band.array.nbytes)
+
     session = prepared.open(plan, lambda: None)
     try:
         begin = time.perf_counter()
         for index in range(stretch.images):
             for band in session.submit(Band(image[None], index)):
-                seen += _taken(band, network, image, stretch)
+                seen += take(band)
         for band in session.finish():
-            seen += _taken(band, network, image, stretch)
+            seen += take(band)
         seconds = time.perf_counter() - begin
     finally:
         session.close()
     if seen != stretch.images * stretch.map_bytes:
         raise Wrong(f"{seen} bytes came back, not {stretch.images * stretch.map_bytes}")
+    for index in (0, stretch.images - 1):
+        if index not in firsts or not _is_first_row(firsts[index], layer, image):
+            raise Wrong(f"the first row of image {index} is wrong")
     return seconds
 
 
-def _taken(band: Band, network: Network, image: Array, stretch: Stretch) -> int:
-    """A band's bytes; the first row of the first and of the last image's bands is compared."""
-    if band.sample in (0, stretch.images - 1) and band.first_row == 0:
-        layer = network.nodes[0].layer
-        if not isinstance(layer, Conv):
-            raise TypeError(f"the network is a convolution, not {layer!r}")
-        rows = image[None, :, :3].astype(np.float64)
-        weight = layer.weight.astype(np.float64)
-        case = ConvCase("a row", "stream", rows.shape, weight.shape)
-        exact = convolved(case, rows, weight)
-        size = convolved(case, abs(rows), abs(weight))
-        bound = (case.products + 4) * FLOAT32.roundoff * size
-        if not bool((abs(band.array[:1, :, :1] - exact) <= bound).all()):
-            raise Wrong(f"the first row of image {band.sample} is wrong")
-    return int(band.array.nbytes)
+def _is_first_row(found: Array, layer: Conv, image: Array) -> bool:
+    """Whether a feature map's first row is within the promised bound."""
+    rows, weight = image[None, :, :3].astype(np.float64), layer.weight.astype(np.float64)
+    case = ConvCase("a row", "stream", rows.shape, weight.shape)
+    exact = convolved(case, rows, weight)
+    bound = (case.products + 4) * FLOAT32.roundoff * convolved(case, abs(rows), abs(weight))
+    return bool((abs(found - exact) <= bound).all())
 
 
 def _in_slots(nbytes: int) -> list[int]:
@@ -163,11 +175,10 @@ def _in_slots(nbytes: int) -> list[int]:
 
 
 def _uploads(
-    context: DeviceContext, image: Array, stretch: Stretch
+    device: Device, image: Array, stretch: Stretch
 ) -> tuple[Callable[[], float], Callable[[], float]]:
     """What measures the host's copies alone, and the upload alone."""
-    device, data = context.device, np.ascontiguousarray(image).reshape(-1).view(np.uint8)
-    stream = device.stream()
+    data, stream = np.ascontiguousarray(image).reshape(-1).view(np.uint8), device.stream()
     pieces = _in_slots(data.nbytes)
     slots = [(device.pinned(pieces[0]), stream.allocate(pieces[0])) for _ in range(SLOTS)]
 
@@ -191,9 +202,8 @@ def _uploads(
     return staged, sent
 
 
-def _downloads(context: DeviceContext, stretch: Stretch) -> Callable[[], float]:
+def _downloads(device: Device, stretch: Stretch) -> Callable[[], float]:
     """What measures the download alone."""
-    device = context.device
     stream = device.stream()
     pieces = _in_slots(stretch.map_bytes)
     slots = [(device.pinned(pieces[0]), stream.allocate(pieces[0])) for _ in range(SLOTS)]
@@ -210,13 +220,9 @@ def _downloads(context: DeviceContext, stretch: Stretch) -> Callable[[], float]:
     return sent
 
 
-def _compute(context: DeviceContext, network: Network, stretch: Stretch) -> Callable[[], float]:
+def _compute(device: Device, layer: Conv, stretch: Stretch) -> Callable[[], float]:
     """What measures the convolutions alone, an image at a time, on rows that are on the device as float32."""
-    layer = network.nodes[0].layer
-    if not isinstance(layer, Conv):
-        raise TypeError(f"the network is a convolution, not {layer!r}")
-    info = context.device.info
-    stream: Stream = context.device.stream()
+    info, stream = device.info, device.stream()
     arrays = NumpyArrays(stream)
     given = SampleShape(stretch.shape[0], stretch.shape[1], stretch.shape[2:])
     whole = layer.output_sample(given)

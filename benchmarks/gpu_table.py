@@ -1,142 +1,46 @@
-"""Results of the GPU benchmark: as rows, as JSON to be kept, as the Markdown table drawn from it.
+"""The Markdown table of a report of the GPU benchmark.
 
-A `Row` is one algorithm on one case. A `Report` is the rows with what they were measured on; it is written
-after every case, so that a run that is cut short leaves what it had. Whatever can be derived (rates, shares,
-ratios, means) is derived when the table is written and not kept.
+`write` is given a `Report` and a path and writes the JSON with the table beside it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_peaks import Peaks, peaks_of
+from benchmarks.gpu_peer import CUDNN
+from benchmarks.gpu_report import OK, PRECISION_ORDER, Report, Row, geometric_mean, ratios, write_whole
 
-OK = "ok"
+EXPLANATION = (
+    "The operator alone on device arrays, validated against a float64 convolution first (exact on integers",
+    "where that is promised), then timed: the median of 7 measurements (of 3 where the algorithm is not the",
+    "one chosen) by device events around many calls, asked for while the device is kept waiting, on copies",
+    "of input, packed filters and map that take 2.5 times the last level cache (at most 128 copies).",
+    "Spread: from the fastest measurement to the slowest, as a share of the median. cuDNN: PyTorch on the",
+    "same tensors with the same precision, `cudnn.benchmark` on; where PyTorch takes a kernel of its own,",
+    "that is said beside the figure. Ratio: cuDNN's time over this one's, above 1 this one is faster;",
+    "channels-last: the ratio to cuDNN given tensors that are channels-last beforehand, which PyTorch does",
+    "not know for one spatial axis. Error: the largest as a share of the promised bound; cuDNN, which",
+    "promises nothing, may exceed it. Of peak: share of the datasheet's rate of the unit made for the",
+    "precision (float32: the CUDA cores), and of the rate that a product of matrices reaches through",
+    "PyTorch. GB/s count input, filters and feature map once; where memory is the bound, their share of the",
+    "datasheet's and of a measured copy's bandwidth stands beside them. Host: time to ask for one call.",
+    "Idle: share of the time that the device waits for the host where one call after the other is asked",
+    "for. In bold: what the backend chooses by itself.",
+)
 
-PRECISION_ORDER = ("float32", "tf32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One algorithm on one case.
-
-    Attributes:
-        family: the case's.
-        case: its name.
-        batch: samples.
-        precision: as the table has it.
-        algorithm: by name.
-        chosen: whether the backend takes it by itself.
-        status: "ok", or why there are no times: "wrong: ..." or "failed: ...".
-        operations: of the case.
-        nbytes: input, filters and feature map, each once.
-        error: largest error as a share of the promised bound.
-        launches: kernels of one call.
-        device_us: device's time of one call.
-        host_us: host's time to ask for one.
-        unaided_us: device's time of one call where the host has no head start.
-        peer_us: cuDNN's time on the same tensors.
-        peer_channels_last_us: cuDNN's time on tensors that are channels-last beforehand.
-    """
-
-    family: str
-    case: str
-    batch: int
-    precision: str
-    algorithm: str
-    chosen: bool
-    status: str
-    operations: int
-    nbytes: int
-    error: float | None = None
-    launches: int | None = None
-    device_us: float | None = None
-    host_us: float | None = None
-    unaided_us: float | None = None
-    peer_us: float | None = None
-    peer_channels_last_us: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """cuDNN's time over this one's: above 1 this one is faster."""
-        if not self.peer_us or not self.device_us:
-            return None
-        return self.peer_us / self.device_us
-
-    @property
-    def teraflops(self) -> float | None:
-        """10**12 operations a second."""
-        return self.operations / self.device_us / 1e6 if self.device_us else None
-
-    @property
-    def gigabytes(self) -> float | None:
-        """10**9 bytes a second."""
-        return self.nbytes / self.device_us / 1e3 if self.device_us else None
-
-    @property
-    def idle(self) -> float | None:
-        """Share of the time that the device waits for the host where calls have no head start."""
-        if not self.device_us or not self.unaided_us:
-            return None
-        return max(0.0, 1 - self.device_us / self.unaided_us)
-
-    def bound_by_memory(self, peaks: Peaks | None) -> bool:
-        """Whether moving its bytes takes longer than its operations, both at their peaks."""
-        rate = peaks.rate(self.precision) if peaks else None
-        if peaks is None or rate is None:
-            return False
-        return self.nbytes / peaks.bandwidth / 1e9 > self.operations / rate / 1e12
+COLUMNS = (
+    *("convolution", "batch", "algorithm", "error", "us", "spread", "TFLOP/s", "of peak", "GB/s"),
+    *("cuDNN us", "cuDNN error", "ratio", "channels-last", "launches a sample", "host us", "idle"),
+)
 
 
-@dataclass
-class Report:
-    """All that one run measured.
-
-    Attributes:
-        header: device, driver, versions, digest of the kernels, date, options: name to value.
-        rows: the rows.
-        stream: figures of the streaming benchmark, one mapping for each input dtype.
-        notes: what was left out, and why.
-    """
-
-    header: dict[str, str]
-    rows: list[Row] = field(default_factory=list[Row])
-    stream: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    notes: list[str] = field(default_factory=list[str])
-
-    def write(self, path: Path) -> None:
-        """Writes `path` with the suffixes .json and .md."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = asdict(self)
-        path.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text("\n".join(markdown(self)) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Report:
-        """From the JSON file."""
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return cls(kept["header"], [Row(**row) for row in kept["rows"]], kept["stream"], kept["notes"])
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """The n-th root of a product of n positive numbers; None where there are none."""
-    logarithms = [math.log(value) for value in values]
-    return math.exp(math.fsum(logarithms) / len(logarithms)) if logarithms else None
-
-
-def ratios(report: Report, family: str | None, precision: str, batch: int | None = None) -> list[float]:
-    """Of the chosen algorithms to cuDNN, over a family (or all) and a batch (or all)."""
-    return [
-        row.ratio
-        for row in report.rows
-        if row.chosen and row.precision == precision and row.ratio is not None
-        if family in (None, row.family) and batch in (None, row.batch)
-    ]
+def write(report: Report, path: Path) -> None:
+    """Writes `path` with the suffixes .json and .md."""
+    report.keep(path)
+    write_whole(path.with_suffix(".md"), "\n".join(markdown(report)) + "\n")
 
 
 def markdown(report: Report) -> list[str]:
@@ -145,108 +49,133 @@ def markdown(report: Report) -> list[str]:
     lines += [f"- {name}: {value}" for name, value in report.header.items()]
     peaks = peaks_of(report.header.get("device", ""))
     if peaks is not None:
-        rates = ", ".join(f"{name} {value:g} TFLOP/s" for name, value in peaks.rates.items())
-        lines.append(f"- peaks: {rates}, memory {peaks.bandwidth:g} GB/s ({peaks.source})")
-    lines += ["", *EXPLANATION, ""]
+        lines.append(f"- peaks by datasheet: {_rates(peaks.rates, peaks.bandwidth)} ({peaks.source})")
+    if report.peaks:
+        rates = {name: report.peaks[name] for name in PRECISION_ORDER if name in report.peaks}
+        lines.append(
+            f"- peaks measured: {_rates(rates, report.peaks.get('memory'))} (PyTorch's product of 8192x8192"
+            " matrices; a copy on the device, bytes read and written)"
+        )
     lines += [f"- left out: {note}" for note in report.notes]
-    lines += _means(report)
+    lines += ["", *EXPLANATION]
+    lines += _means(report, "## Ratio to cuDNN on the same tensors", best=False)
+    lines += _means(report, "## Ratio to cuDNN in the better of its two layouts", best=True)
     families = list(dict.fromkeys(row.family for row in report.rows))
     for precision in PRECISION_ORDER:
         for family in families:
             rows = [row for row in report.rows if (row.family, row.precision) == (family, precision)]
             if rows:
-                lines += ["", f"## {family}, {precision}", "", *_head(), *_table(rows, peaks)]
+                lines += ["", f"## {family}, {precision}", "", *_head(COLUMNS)]
+                lines += (_line(row, peaks, report.peaks) for row in rows)
     if report.stream:
         lines += ["", *_stream(report.stream)]
     return lines
 
 
-EXPLANATION = (
-    "The operator alone on device arrays, validated against a float64 convolution first (exact on integers",
-    "where that is promised), then timed: the median of several measurements by device events around many",
-    "calls, asked for while the device is kept waiting, on copies of the tensors that take 2.5 times the",
-    "last level cache (at most 128 copies). cuDNN: PyTorch on the same tensors with the same precision,",
-    "`cudnn.benchmark` on. Ratio: cuDNN's time over this one's, above 1 this one is faster; channels-last:",
-    "the ratio to cuDNN given tensors that are channels-last beforehand. Error: the largest as a share of",
-    "the promised bound. Peak: share of the unit made for the precision (float32: the CUDA cores). GB/s",
-    "count input, filters and feature map once; where memory is the bound, a share of its peak stands",
-    "beside them. Host: time to ask for one call. Idle: share of the time that the device waits for the",
-    "host where one call after the other is asked for. In bold: what the backend chooses by itself.",
-)
+def means(report: Report) -> Iterator[str]:
+    """The ratios' geometric means over everything, a line for each precision."""
+    for precision in PRECISION_ORDER:
+        same = geometric_mean(ratios(report, None, precision))
+        best = geometric_mean(ratios(report, None, precision, best=True))
+        if best is not None:
+            yield (
+                f"ratio to cuDNN, {precision}, geometric means: {_number(same, '.2f') or 'none'} on the same"
+                f" tensors, {best:.2f} to the better of its two layouts"
+            )
 
 
-def _head() -> tuple[str, str]:
-    columns = ["convolution", "batch", "algorithm", "error", "us", "TFLOP/s", "peak", "GB/s", "cuDNN us"]
-    columns += ["ratio", "channels-last", "launches a sample", "host us", "idle"]
-    return f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"
+def _rates(rates: dict[str, float], bandwidth: float | None) -> str:
+    said = [f"{name} {value:.4g} TFLOP/s" for name, value in rates.items()]
+    return ", ".join([*said, f"memory {bandwidth:.4g} GB/s"] if bandwidth else said)
 
 
-def _table(rows: list[Row], peaks: Peaks | None) -> Iterator[str]:
-    for row in rows:
-        name = f"**{row.algorithm}**" if row.chosen else row.algorithm
-        if row.status != OK:
-            yield f"| {row.case} | {row.batch} | {name} | {row.status} |{' |' * 10}"
-            continue
-        rate = peaks.rate(row.precision) if peaks else None
-        share = f"{row.teraflops / rate:.0%}" if rate and row.teraflops else ""
-        moved = f"{row.gigabytes:.0f}" if row.gigabytes else ""
-        if peaks is not None and row.gigabytes and row.bound_by_memory(peaks):
-            moved += f" ({row.gigabytes / peaks.bandwidth:.0%})"
-        last = (
-            row.peer_channels_last_us / row.device_us if row.peer_channels_last_us and row.device_us else None
-        )
-        launches = None if row.launches is None else row.launches / row.batch
-        cells = (
+def _head(columns: tuple[str, ...]) -> tuple[str, str]:
+    return _cells(columns), f"|{' --- |' * len(columns)}"
+
+
+def _cells(values: tuple[str, ...]) -> str:
+    escaped = (value.replace("|", "\\|") for value in values)
+    return f"| {' | '.join(escaped)} |"
+
+
+def _line(row: Row, peaks: Peaks | None, measured: dict[str, float]) -> str:
+    name = f"**{row.algorithm}**" if row.chosen else row.algorithm
+    if row.status != OK:
+        return _cells((row.case, str(row.batch), name, row.status, *[""] * (len(COLUMNS) - 4)))
+    rates = (peaks.rate(row.precision) if peaks else None, measured.get(row.precision))
+    moved = _number(row.gigabytes, ".0f")
+    if row.bound_by_memory(peaks):
+        moved += f" ({_shares(row.gigabytes, peaks.bandwidth if peaks else None, measured.get('memory'))})"
+    launches = None if row.launches is None else row.launches / row.batch
+    return _cells(
+        (
             row.case,
             str(row.batch),
             name,
             _number(row.error, ".3f"),
             _number(row.device_us, ".1f"),
+            _number(row.spread, ".0%"),
             _number(row.teraflops, ".2f"),
-            share,
+            _shares(row.teraflops, *rates),
             moved,
-            _number(row.peer_us, ".1f"),
+            _number(row.peer_us, ".1f") + _whose(row.peer),
+            _number(row.peer_error, ".3f"),
             _number(row.ratio, ".2f"),
-            _number(last, ".2f"),
+            _number(row.channels_last_ratio, ".2f") + _whose(row.peer_channels_last),
             _number(launches, ".3g"),
             _number(row.host_us, ".1f"),
             _number(row.idle, ".0%"),
         )
-        yield f"| {' | '.join(cells)} |"
+    )
 
 
-def _means(report: Report) -> list[str]:
+def _whose(library: str | None) -> str:
+    return f" ({library})" if library not in (None, CUDNN) else ""
+
+
+def _shares(value: float | None, *bases: float | None) -> str:
+    """Shares of a datasheet's and of a measured peak; a dash for the one that is not known."""
+    if not value or not any(bases):
+        return ""
+    return " / ".join(f"{value / base:.0%}" if base else "-" for base in bases)
+
+
+def _means(report: Report, title: str, *, best: bool) -> list[str]:
     """Geometric means of the ratios, by family, batch and precision."""
-    present = [name for name in PRECISION_ORDER if any(row.precision == name for row in report.rows)]
-    if not any(row.ratio is not None for row in report.rows):
+    present = [name for name in PRECISION_ORDER if ratios(report, None, name, best=best)]
+    if not present:
         return []
-    lines = ["", "## Ratio to cuDNN, geometric means of the chosen algorithms", ""]
-    lines += [f"| | batch | {' | '.join(present)} |", f"| --- | --- |{' --- |' * len(present)}"]
+    lines = [
+        "",
+        title,
+        "",
+        "Geometric means of the chosen algorithms; in brackets, how many convolutions.",
+        "",
+    ]
+    lines += _head(("", "batch", *present))
     places: list[tuple[str | None, int | None]] = [(None, None)]
     for family in dict.fromkeys(row.family for row in report.rows):
         batches = sorted({row.batch for row in report.rows if row.family == family})
         places += [(family, None)] if len(batches) > 1 else []
         places += [(family, batch) for batch in batches]
     for place, batch in places:
-        found = [ratios(report, place, precision, batch) for precision in present]
+        found = [ratios(report, place, precision, batch, best=best) for precision in present]
         cells = [
             f"{_number(geometric_mean(values), '.2f')} ({len(values)})" if values else "" for values in found
         ]
-        lines.append(f"| {place or 'all'} | {batch or 'all'} | {' | '.join(cells)} |")
-    return [*lines, "", "In brackets: how many convolutions."]
+        lines.append(_cells((place or "all", str(batch or "all"), *cells)))
+    return lines
 
 
 def _stream(figures: list[dict[str, Any]]) -> list[str]:
     """The streaming benchmark's figures, one column for each run."""
-    lines = ["## A stream of images, transfers included", ""]
     names = list(dict.fromkeys(name for each in figures for name in each))
-    lines += [f"| {'figure'} |{' |' * len(figures)}", f"| --- |{' --- |' * len(figures)}"]
-    for name in names:
-        lines.append(f"| {name} | {' | '.join(_figure(each.get(name)) for each in figures)} |")
-    return lines
+    lines = ["## A stream of images, transfers included", "", *_head(("figure", *[""] * len(figures)))]
+    return [*lines, *(_cells((name, *(figure(each.get(name)) for each in figures))) for name in names)]
 
 
-def _figure(value: Any) -> str:
+def figure(value: Any) -> str:
+    """A figure of the streaming benchmark as it is written."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -1,16 +1,20 @@
 """Fixtures for the whole suite: every backend that can run here, a server on it, a client.
 
 No test names a backend. The ones tested are those the registry knows; one that cannot run is skipped with
-its reason. CONVSERVICE_TEST_BACKENDS (names, comma-separated) demands backends instead: one of them that
-cannot run is a failure. HYPOTHESIS_PROFILE chooses how many examples are tried: `ci` (the default, the same
-ones every time) or `thorough` (many, other ones every time).
+its reason. The environment says more of a run:
+
+- CONVSERVICE_TEST_BACKENDS (names, comma-separated) demands backends instead: one of them that cannot run is
+  a failure.
+- CONVSERVICE_TEST_NO_SKIPS=1 makes a failure of every test that is skipped, with the reason of the skip.
+- HYPOTHESIS_PROFILE chooses how many examples are tried: `ci` (the default, the same ones every time) or
+  `thorough` (many, other ones every time).
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ from convservice.errors import BackendUnavailable
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
 from convservice_backends.interface import Backend
 from convservice_backends.registry import Registry
+from tests.helpers import held_to_means
 
 if TYPE_CHECKING:
     from convservice import ConvClient
@@ -42,6 +47,32 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 DEMANDED = tuple(name for name in os.environ.get("CONVSERVICE_TEST_BACKENDS", "").split(",") if name)
 TESTED = DEMANDED or Registry().names or ("",)
+NO_SKIPS = os.environ.get("CONVSERVICE_TEST_NO_SKIPS") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Makes a failure of a skip, where no test may be skipped."""
+    report = yield
+    if not hasattr(report, "wasxfail"):
+        demand_no_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a module that is skipped whole."""
+    report = yield
+    demand_no_skip(report)
+    return report
+
+
+def demand_no_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns the report of a skip into one of a failure, with the reason of the skip."""
+    if NO_SKIPS and report.outcome == "skipped":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"CONVSERVICE_TEST_NO_SKIPS allows no skip. {reason}"
 
 
 @pytest.fixture(scope="session", params=TESTED)
@@ -58,15 +89,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 @pytest.fixture(autouse=True)
-def within_means(request: pytest.FixtureRequest) -> None:
-    """Skips what is too large for its backend: a test marked with more multiply-adds than that one takes."""
-    marker = request.node.get_closest_marker("multiply_adds")
-    if marker is None or "backend" not in request.fixturenames:
-        return
-    found: Backend = request.getfixturevalue("backend")
-    (wanted,), most = marker.args, getattr(found, "most_multiply_adds", None)
-    if most is not None and wanted > most:
-        pytest.skip(f"it takes {wanted} multiply-adds; backend {found.name!r} is for tests of at most {most}")
+def within_means(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Holds a test to what its backend is for; the marker `multiply_adds` says what it takes."""
+    with ExitStack() as stack:
+        if "backend" in request.fixturenames:
+            marker = request.node.get_closest_marker("multiply_adds")
+            wanted = None if marker is None else marker.args[0]
+            stack.enter_context(held_to_means(request.getfixturevalue("backend"), wanted))
+        yield
 
 
 @pytest.fixture(scope="session")

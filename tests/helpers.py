@@ -1,27 +1,34 @@
-"""What several test modules need: the worked example, bands cut at will, comparison with the reference.
+"""What several test modules need: the worked example, bands cut at will, comparison with the reference, what
+a backend may tell of its work.
 
 Nothing here knows a backend by name or reaches over a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from convservice.bands import Band, TensorSpec
-from convservice.dtypes import DTYPES, DType, dtype_of
+from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
 from convservice.geometry import SampleShape
 from convservice.layers import Conv
 from convservice.network import Network, Node
 from convservice.wire.enums import Precision
 from convservice.wire.headers import ResultSpec
+from convservice_backends.cuda.algorithms.tensor_core import tf32_roundoff
+from convservice_backends.cuda.algorithms.winograd import error_bound
 from convservice_backends.interface import Backend, PreparedNetwork, Session
 from convservice_backends.reference import Expected, layer_reference
 
 Array = NDArray[Any]
+Floats = NDArray[np.float64]
 
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_float)
 INTEGERS = tuple(dtype for dtype in DTYPES if not dtype.is_float)
@@ -165,9 +172,11 @@ def _driven(session: Session, x: Array, rows: int | None) -> Iterator[tuple[int,
         yield sent, band
 
 
-def compute(backend: Backend, network: Network, x: Array, **options: Any) -> dict[str, Array]:
+def compute(
+    backend: Backend, network: Network, x: Array, *, precision: Precision = Precision.HIGH, **options: Any
+) -> dict[str, Array]:
     """Prepares `network` and sends `x` through it; see `run`."""
-    return run(backend.prepare(network, Precision.HIGH), x, **options)
+    return run(backend.prepare(network, precision), x, **options)
 
 
 def check_every_layer(
@@ -186,6 +195,44 @@ def check_every_layer(
         given = x if node.inputs[0] == "input" else maps[node.inputs[0]]
         expected = layer_reference(node.layer, given, own, out or own)
         assert_expected(f"node {node.id}, {node.layer!r}, x {x.shape} {x.dtype}", expected, maps[node.id])
+
+
+def fast_reference(layer: Conv, x: Array, algorithm: str) -> Expected:
+    """What a convolution under `Precision.FAST` should give, linear or with a relu, by what computes it.
+
+    An algorithm that breaks the bound of `Precision.HIGH` documents its own, and is in `FAST_ERRORS`; all
+    others keep that of `HIGH`.
+    """
+    own = Network([layer]).dtype(dtype_of(x.dtype))
+    expected = layer_reference(layer, x, own, own)
+    if own != FLOAT32 or algorithm not in FAST_ERRORS:
+        return expected
+    error = expected.error + FAST_ERRORS[algorithm](layer, x)
+    return Expected(expected.value, error, exact=False, dtype=own)
+
+
+def _winograd_error(layer: Conv, x: Array) -> Floats:
+    """The largest of all inputs stands for the largest of each tile: looser."""
+    norms = np.abs(layer.weight.astype(np.float64)).reshape(layer.out_channels, -1).sum(axis=1)
+    largest = np.abs(x[np.isfinite(x)].astype(np.float64)).max(initial=0.0)
+    bound = error_bound(layer.weight.shape[1], np.asarray(largest), norms)
+    return np.asarray(bound.reshape(1, -1, *(1 for _ in layer.kernel)))
+
+
+def _tf32_error(layer: Conv, x: Array) -> Floats:
+    """A share of the sum of |x||w| and |bias|."""
+    bias = None if layer.bias is None else np.abs(layer.bias)
+    geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    absolute = Conv(np.abs(layer.weight), bias, padding_mode=layer.padding_mode, **geometry)
+    magnitude = layer_reference(absolute, np.abs(x.astype(np.float64)), FLOAT64, FLOAT64).value
+    return np.asarray(tf32_roundoff(math.prod(layer.weight.shape[1:])) * magnitude)
+
+
+FAST_ERRORS: Mapping[str, Callable[[Conv, Array], Floats]] = {
+    "winograd": _winograd_error,
+    "tensor_core": _tf32_error,
+}
+"""What an algorithm may add to the error of float32 sums under `Precision.FAST`."""
 
 
 def assert_expected(name: str, expected: Expected, actual: Array) -> None:
@@ -249,3 +296,57 @@ def trunk_with_two_heads(rng: np.random.Generator, dtype: DType) -> Network:
         ],
         {"wide": "wide", "low": "low"},
     )
+
+
+@runtime_checkable
+class CountsWork(Protocol):
+    """A backend for tests of a limited size.
+
+    Attributes:
+        name: its name.
+        most_multiply_adds: what one test may ask of it.
+        multiply_adds: all that it, and others of its kind in this process, ever did.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def most_multiply_adds(self) -> int: ...
+    @property
+    def multiply_adds(self) -> int: ...
+
+
+@contextmanager
+def held_to_means(backend: object, wanted: int | None) -> Generator[None]:
+    """Holds what is done inside to what a backend is for, if that one counts work.
+
+    A test that wants more than the most is skipped; one that does more than it wanted, or than the most where
+    it did not say, fails.
+
+    Args:
+        backend: the backend.
+        wanted: multiply-adds that the test says it asks for; None where it says nothing.
+    """
+    if not isinstance(backend, CountsWork):
+        yield
+        return
+    most, before = backend.most_multiply_adds, backend.multiply_adds
+    if wanted is not None and wanted > most:
+        which = f"backend {backend.name!r} is for tests of at most {most}"
+        pytest.skip(f"it takes {wanted} multiply-adds; {which}")
+    yield
+    done, allowed = backend.multiply_adds - before, most if wanted is None else wanted
+    if done > allowed:
+        pytest.fail(
+            f"it took {done} multiply-adds of backend {backend.name!r}, and may take {allowed}: make it"
+            " smaller, or say so with pytest.mark.multiply_adds"
+        )
+
+
+@runtime_checkable
+class TellsDevicePeak(Protocol):
+    """A backend that knows what its sessions took of its devices."""
+
+    def device_peak(self) -> int:
+        """Most memory that sessions held at a time on any one device since this was last asked."""
+        ...

@@ -3,6 +3,8 @@ end, within the documented bound and exactly where integers allow it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -14,7 +16,7 @@ from convservice.network import Network, Node
 from convservice.wire.enums import Precision
 from convservice_backends import session
 from convservice_backends.interface import Backend
-from convservice_backends.reference import layer_reference, network_reference
+from convservice_backends.reference import Expected, layer_reference, network_reference
 from tests.helpers import (
     FLOATS,
     INTEGERS,
@@ -25,8 +27,11 @@ from tests.helpers import (
     check_every_layer,
     compute,
     every_map,
+    fast_reference,
     random_array,
+    run,
     small_integers,
+    spec_of,
     trunk_with_two_heads,
 )
 from tests.strategies import Case, cases, fits
@@ -275,4 +280,52 @@ def test_nan_and_infinity_stay_inside_the_receptive_field(
     found = compute(backend, Network([layer]), x, rows=rows)["output"]
     expected = layer_reference(layer, x, FLOAT32, FLOAT32)
     assert np.isfinite(expected.value[0]).all()
+    assert_expected(repr(layer), expected, found)
+
+
+def fast(backend: Backend, layer: Conv, x: Array, rows: int | None) -> tuple[Array, Expected]:
+    """What a backend computes under `Precision.FAST`, and what it should."""
+    prepared = backend.prepare(Network([layer]), Precision.FAST)
+    algorithm = prepared.plan(spec_of(x, rows)).algorithms["layer0"]
+    return run(prepared, x, rows)["output"], fast_reference(layer, x, algorithm)
+
+
+@given(cases(functions=("linear", "relu")), st.sampled_from([None, 2]))
+def test_fast_keeps_its_bound_in_any_geometry(backend: Backend, case: Case, rows: int | None) -> None:
+    assume(fits(case))
+    found, expected = fast(backend, case.layer, case.x, rows)
+    assert_expected(repr(case.layer), expected, found)
+
+
+FAST_LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "many channels": ((18, 20, 3, 3), (2, 20, 5, 6), {"padding": 1}),
+    "groups": ((34, 16, 3, 3), (1, 32, 5, 4), {"groups": 2, "padding": (2, 1), "padding_mode": "reflect"}),
+    "no padding": ((16, 17, 3, 3), (1, 17, 8, 5), {"activation": "relu"}),
+    "stride": ((18, 20, 3, 3), (1, 20, 9, 8), {"stride": 2}),
+    "pointwise": ((24, 40, 1, 1), (2, 40, 6, 7), {}),
+    "line": ((20, 24, 5), (2, 24, 30), {"padding": 2, "padding_mode": "replicate"}),
+}
+"""Shape of the filter bank, of the input, options: with channels enough for what computes fast."""
+
+
+@pytest.mark.parametrize("name", FAST_LAYERS)
+@pytest.mark.parametrize("rows", [None, 3])
+def test_fast_keeps_its_bound_in_large_layers(
+    backend: Backend, name: str, rows: int | None, rng: np.random.Generator
+) -> None:
+    weight, shape, options = FAST_LAYERS[name]
+    layer = Conv(random_array(rng, weight, FLOAT32), random_array(rng, weight[:1], FLOAT32), **options)
+    found, expected = fast(backend, layer, random_array(rng, shape, FLOAT32), rows)
+    assert_expected(name, expected, found)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_fast_keeps_nan_and_infinity_inside_the_receptive_field(
+    backend: Backend, value: float, rng: np.random.Generator
+) -> None:
+    layer = Conv(random_array(rng, (18, 17, 3, 3), FLOAT32), padding=1)
+    x = random_array(rng, (2, 17, 7, 5), FLOAT32)
+    x[1, 4, 2, 3] = value
+    found, expected = fast(backend, layer, x, 3)
+    assert np.isfinite(found[0]).all()
     assert_expected(repr(layer), expected, found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,11 +32,26 @@ from tests.helpers import (
 
 @dataclass(frozen=True)
 class Setup:
-    """A network, and the shape and dtype of a batch for it."""
+    """A network, the shape and dtype of a batch for it, and what the caller allows."""
 
     network: Callable[[np.random.Generator], Network]
     shape: tuple[int, ...]
     dtype: DType = FLOAT32
+    precision: Precision = Precision.HIGH
+
+    def given(self, rng: np.random.Generator) -> Given:
+        return Given(self.network(rng), random_array(rng, self.shape, self.dtype), self.precision)
+
+
+class Given(NamedTuple):
+    """A network, a batch for it, and what the caller allows."""
+
+    network: Network
+    x: Array
+    precision: Precision
+
+    def on(self, backend: Backend) -> PreparedNetwork:
+        return backend.prepare(self.network, self.precision)
 
 
 def conv(*weight: int, dtype: DType = FLOAT32, **options: object) -> Callable[[np.random.Generator], Network]:
@@ -45,6 +61,16 @@ def conv(*weight: int, dtype: DType = FLOAT32, **options: object) -> Callable[[n
 
     return make
 
+
+def two_convolutions(rng: np.random.Generator) -> Network:
+    """Of 3x3, stride 1 and channels enough for any algorithm."""
+    layers = [((16, 2, 3, 3), "zeros"), ((20, 16, 3, 3), "reflect")]
+    return Network(
+        [Conv(random_array(rng, weight, FLOAT32), padding=1, padding_mode=mode) for weight, mode in layers]
+    )
+
+
+FAST = Precision.FAST
 
 SETUPS = {
     "blocks of rows": Setup(conv(8, 3, 3, 3, padding=1), (2, 3, 230, 130)),
@@ -72,33 +98,29 @@ SETUPS = {
     "chain": Setup(lambda rng: chain(rng, FLOAT32), (2, 2, 400, 60)),
     "small chain": Setup(lambda rng: chain(rng, FLOAT32), (19, 2, 12, 9)),
     "two heads": Setup(lambda rng: trunk_with_two_heads(rng, FLOAT32), (2, 2, 300, 80)),
+    "large filters": Setup(conv(6, 20, 15, 15, padding=7), (2, 20, 40, 30)),
+    "fast": Setup(conv(33, 20, 3, 3, padding=1, activation="tanh"), (2, 20, 60, 33), precision=FAST),
+    "fast parts of rows": Setup(conv(17, 16, 3, 3, padding=(0, 1)), (1, 16, 7, 1501), precision=FAST),
+    "fast small samples": Setup(conv(18, 16, 3, 3, padding=1), (21, 16, 7, 7), precision=FAST),
+    "fast chain": Setup(two_convolutions, (2, 2, 90, 50), precision=FAST),
 }
 
 
 @pytest.fixture(params=SETUPS, ids=str)
-def setup(request: pytest.FixtureRequest, rng: np.random.Generator) -> tuple[Network, Array]:
+def setup(request: pytest.FixtureRequest, rng: np.random.Generator) -> Given:
     """A network and a batch for it."""
-    found = SETUPS[request.param]
-    return found.network(rng), random_array(rng, found.shape, found.dtype)
+    return SETUPS[request.param].given(rng)
 
 
-def prepared_on(backend: Backend, network: Network) -> PreparedNetwork:
-    return backend.prepare(network, Precision.HIGH)
-
-
-def test_the_cut_into_bands_changes_nothing(backend: Backend, setup: tuple[Network, Array]) -> None:
-    network, x = setup
-    prepared = prepared_on(backend, network)
-    whole = run(prepared, x)
+def test_the_cut_into_bands_changes_nothing(backend: Backend, setup: Given) -> None:
+    prepared = setup.on(backend)
+    whole = run(prepared, setup.x)
     for rows in (1, 2, 3, 7, 64):
-        assert_same_bits(whole, run(prepared, x, rows), f"bands of {rows} rows")
+        assert_same_bits(whole, run(prepared, setup.x, rows), f"bands of {rows} rows")
 
 
-def test_a_sample_alone_has_the_bits_it_has_in_a_batch(
-    backend: Backend, setup: tuple[Network, Array]
-) -> None:
-    network, x = setup
-    prepared = prepared_on(backend, network)
+def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: Backend, setup: Given) -> None:
+    x, prepared = setup.x, setup.on(backend)
     whole = run(prepared, x)
     for sample in {0, len(x) // 2, len(x) - 1}:
         alone = run(prepared, x[sample : sample + 1])
@@ -108,34 +130,27 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(
     assert_same_bits(whole, {name: array[len(x) - 1 :] for name, array in twice.items()}, "a larger batch")
 
 
-def test_the_number_of_workers_changes_nothing(
-    variants: tuple[Backend, ...], setup: tuple[Network, Array]
-) -> None:
-    network, x = setup
-    first = run(prepared_on(variants[0], network), x)
+def test_the_number_of_workers_changes_nothing(variants: tuple[Backend, ...], setup: Given) -> None:
+    first = run(setup.on(variants[0]), setup.x)
     for backend in variants[1:]:
         workers = backend.describe().workers
         for rows in (None, 5):
-            found = run(prepared_on(backend, network), x, rows)
+            found = run(setup.on(backend), setup.x, rows)
             assert_same_bits(first, found, f"{workers} workers, bands of {rows} rows")
 
 
-def test_others_at_the_same_time_change_nothing(backend: Backend, setup: tuple[Network, Array]) -> None:
-    network, x = setup
-    prepared = prepared_on(backend, network)
-    whole = run(prepared, x)
+def test_others_at_the_same_time_change_nothing(backend: Backend, setup: Given) -> None:
+    prepared = setup.on(backend)
+    whole = run(prepared, setup.x)
     with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(run, prepared, x, rows) for rows in (None, 3, 11, None)]
+        futures = [pool.submit(run, prepared, setup.x, rows) for rows in (None, 3, 11, None)]
         for future in futures:
             assert_same_bits(whole, future.result(), "beside others")
 
 
-def test_preparing_again_changes_nothing(backend: Backend, setup: tuple[Network, Array]) -> None:
-    network, x = setup
-    again = Network(network.nodes, network.outputs)
-    assert_same_bits(
-        run(prepared_on(backend, network), x), run(prepared_on(backend, again), x), "prepared again"
-    )
+def test_preparing_again_changes_nothing(backend: Backend, setup: Given) -> None:
+    again = setup._replace(network=Network(setup.network.nodes, setup.network.outputs))
+    assert_same_bits(run(setup.on(backend), setup.x), run(again.on(backend), setup.x), "prepared again")
 
 
 def as_tall_as_a_block(prepared: PreparedNetwork, x: Array) -> bool:
@@ -152,14 +167,15 @@ def test_a_height_that_is_told_at_the_end_changes_nothing_in_tall_samples(
     backend: Backend, rng: np.random.Generator
 ) -> None:
     compared = 0
-    for name, given in SETUPS.items():
-        network, x = given.network(rng), random_array(rng, given.shape, given.dtype)[:1]
+    for name, setup in SETUPS.items():
+        network, x, precision = setup.given(rng)
+        x = x[:1]
         if any(
             isinstance(n.layer, Conv) and n.layer.padding == "same" and n.layer.stride[0] > 1
             for n in network.nodes
         ):
             continue
-        prepared = prepared_on(backend, network)
+        prepared = backend.prepare(network, precision)
         if not as_tall_as_a_block(prepared, x):
             continue
         compared += 1
@@ -181,7 +197,7 @@ def test_rows_of_whole_blocks_do_not_depend_on_the_height(
 ) -> None:
     network = conv(*weight, dtype=dtype_of(dtype))(rng)
     x = random_array(rng, (1, weight[1], 700 if width > 8 else 360, width), dtype_of(dtype))
-    prepared = prepared_on(backend, network)
+    prepared = backend.prepare(network, Precision.HIGH)
     block = prepared.plan(spec_of(x)).block_rows["layer0"]
     assert block < 300
     whole = run(prepared, x)["output"]

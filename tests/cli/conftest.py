@@ -11,6 +11,7 @@ import pytest
 
 from convservice.cli.embedded import EmbeddedServer
 from convservice.cli.main import main
+from convservice_backends.interface import Backend
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 
 @pytest.fixture(scope="session")
-def target() -> Iterator[str]:
-    """A server started as commands start one."""
-    with EmbeddedServer() as server:
+def target(backend: Backend) -> Iterator[str]:
+    """A server started as commands start one, on each backend in turn."""
+    with EmbeddedServer(["--backend", backend.name]) as server:
         yield server.target

@@ -1,11 +1,8 @@
-"""The GPU benchmark where there is no GPU: what it counts, checks, writes, draws; its programs, emulated."""
+"""What the GPU benchmark counts, checks and measures, where there is no GPU."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,25 +13,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_forms
-from benchmarks.gpu_arrays import NumpyArrays, convolved
+from benchmarks import gpu
+from benchmarks.gpu_arrays import Held, NumpyArrays, convolved
 from benchmarks.gpu_cases import FAMILIES, TINY, ConvCase
-from benchmarks.gpu_check import Computed, Wrong, demand_exact, error_share
-from benchmarks.gpu_clocks import MOST_CALLS, MOST_COPIES, EventClock, calls_for, copies_for
-from benchmarks.gpu_peaks import peaks_of
-from benchmarks.gpu_plot import draw
+from benchmarks.gpu_check import Computed, Wrong, demand_bounded, demand_exact, error_share
+from benchmarks.gpu_clocks import MOST_CALLS, MOST_COPIES, EventClock, HostClock, calls_for, copies_for
+from benchmarks.gpu_layers import LayerOnDevice, Rig, measure, tensors_of
+from benchmarks.gpu_peer import library_of
+from benchmarks.gpu_run import algorithms_of
 from benchmarks.gpu_stream import Stretch, stream_images
-from benchmarks.gpu_table import Report, Row, geometric_mean, markdown, ratios
 from convservice.dtypes import FLOAT32
 from convservice.layers import Conv
+from convservice.wire.enums import Precision
 from convservice_backends.cuda.algorithms import base
+from convservice_backends.cupy.device import CupyDevice
 from convservice_backends.reference import layer_reference
-from convservice_emulator.backend import EmulatorBackend
 from convservice_emulator.build import Compiler
-from convservice_emulator.device import INFO, EmulatedDevice
+from convservice_emulator.device import EmulatedDevice
+from tests.devices.fake_cupy import FakeCupy
 from tests.helpers import random_array, small_integers
 
-ROOT = Path(__file__).parents[2]
+MODULES: dict[str, Any] = sys.modules
+
 EVERY_CASE = [case for family in (*FAMILIES, TINY) for case in family.cases]
 
 FIRST = next(case for case in FAMILIES[0].cases if case.weight[2:] == (7, 7))
@@ -128,18 +128,19 @@ def test_a_right_map_passes_and_a_wrong_element_does_not(
     assert 0 < error_share(arrays, given, "direct") < 0.1
     wrong = given.y.copy()
     wrong[3, 1, 2, 4] += 0.01
+    assert error_share(arrays, replace(given, y=wrong), "direct") > 1
     with pytest.raises(Wrong, match="times the bound"):
-        error_share(arrays, replace(given, y=wrong), "direct")
+        demand_bounded(arrays, replace(given, y=wrong), "direct")
     wrong[3, 1, 2, 4] = math.nan
     with pytest.raises(Wrong, match="nan"):
-        error_share(arrays, replace(given, y=wrong), "direct")
+        demand_bounded(arrays, replace(given, y=wrong), "direct")
 
 
 def test_equal_samples_must_have_equal_maps(rng: np.random.Generator, arrays: NumpyArrays) -> None:
     given = computed(rng, integers=False)
     given.y[6, 0, 0, 0] = np.nextafter(given.y[6, 0, 0, 0], np.float32(9))
     with pytest.raises(Wrong, match="samples 5 to 6"):
-        error_share(arrays, given, "direct")
+        demand_bounded(arrays, given, "direct")
 
 
 def test_integers_must_be_exact(rng: np.random.Generator, arrays: NumpyArrays) -> None:
@@ -208,12 +209,11 @@ class FakeEvent:
 
 def test_the_head_start_is_not_counted() -> None:
     torch = FakeTorch()
-    clock = EventClock(torch, SimpleNamespace(device=0), seconds=2e-4, repeats=3)
+    clock = EventClock(torch, SimpleNamespace(device=0), seconds=2e-4)
     assert clock.cache_bytes == 1000
-    times = clock.times(torch.ask, copies=4)
+    times = clock.times(torch.ask, copies=4, repeats=3)
     assert times.device == pytest.approx(1e-5)
     assert times.unaided == pytest.approx(1e-5)
-    assert times.idle == pytest.approx(0)
     begin = torch.said.index("sleep")
     assert torch.said[begin - 1 : begin + 24] == [
         "synchronize",
@@ -226,134 +226,98 @@ def test_the_head_start_is_not_counted() -> None:
     assert torch.said.count("sleep") == 3
 
 
-def test_a_geometric_mean() -> None:
-    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
-    assert geometric_mean(iter([0.25])) == pytest.approx(0.25)
-    assert geometric_mean([]) is None
+def test_the_fastest_and_the_slowest_are_kept() -> None:
+    torch = FakeTorch()
+    clock = EventClock(torch, SimpleNamespace(device=0), seconds=1e-5)
+    takes = iter([1.0] * 4 + [3.0, 1.0, 2.0] + [9.0] * 3)
+
+    def ask(piece: int) -> None:
+        torch.now += next(takes)
+
+    times = clock.times(ask, copies=1, repeats=3)
+    assert (times.fastest, times.device, times.slowest) == pytest.approx((1.0, 2.0, 3.0))
+    assert times.unaided == pytest.approx(9.0)
 
 
-def report() -> Report:
-    """Made-up figures, for tests of the writers alone."""
-    rows: list[Row] = []
-    for family in ("first family", "second family"):
-        for batch in (1, 8):
-            for precision in ("float32", "float16"):
-                row = Row(family, "a layer", batch, precision, "direct", True, "ok", 10**9, 10**6)
-                timed = replace(row, error=0.25, launches=2, device_us=100.0, host_us=7.0, unaided_us=125.0)
-                rows += [
-                    replace(timed, peer_us=50.0 * batch),
-                    replace(row, chosen=False, status="wrong: by 3"),
-                ]
-    return Report({"device": "NVIDIA H100 80GB HBM3", "date": "TEST, not measured"}, rows)
+@pytest.fixture
+def rig(compiler: Compiler) -> Rig:
+    device = EmulatedDevice(compiler)
+    stream = device.stream()
+    return Rig(device, stream, NumpyArrays(stream), HostClock(stream))
 
 
-def test_rates_and_shares_of_a_row() -> None:
-    row = report().rows[0]
-    peaks = peaks_of("NVIDIA H100 80GB HBM3")
-    assert row.teraflops == pytest.approx(10.0)
-    assert row.gigabytes == pytest.approx(10.0)
-    assert row.ratio == pytest.approx(0.5)
-    assert row.idle == pytest.approx(0.2)
-    assert not row.bound_by_memory(peaks)
-    assert replace(row, nbytes=10**9).bound_by_memory(peaks)
-    assert ratios(report(), "first family", "float32") == [0.5, 4.0]
-    assert ratios(report(), None, "float32", batch=1) == [0.5, 0.5]
-
-
-def test_the_table_says_what_was_measured() -> None:
-    text = "\n".join(markdown(report()))
-    assert "- device: NVIDIA H100 80GB HBM3" in text
-    assert "| all | all | 1.41 (4) | 1.41 (4) |" in text
-    assert "| first family | 8 | 4.00 (1) | 4.00 (1) |" in text
-    assert (
-        "| a layer | 1 | **direct** | 0.250 | 100.0 | 10.00 | 15% | 10 | 50.0 | 0.50 |  | 2 | 7.0 | 20% |"
-        in text
+def test_copies_count_the_packed_filters_too(rig: Rig) -> None:
+    """Fourier's filters are far larger than the tensors."""
+    case = ConvCase("", "", (1, 1, 40, 40), (2, 1, 9, 9), padding=4)
+    tensors = tensors_of(rig, case, "float32")
+    direct, fourier = (
+        LayerOnDevice(rig, case, tensors, precision=Precision.HIGH, algorithm=algorithm, cache_bytes=64_000)
+        for algorithm in ("direct", "fourier")
     )
-    assert "| a layer | 1 | direct | wrong: by 3 |" in text
-    tables = [line for line in text.splitlines() if line.startswith("| a layer")]
-    assert {line.count("|") for line in tables} == {15}
+    rows, filters = 4 * 3 * 40 * 40, 4 * 2 * 9 * 9
+    assert direct.copies == copies_for(rows + filters, 64_000) == 9
+    assert fourier.copies == 2
+    alone = LayerOnDevice(rig, case, tensors, precision=Precision.HIGH, algorithm="direct")
+    assert alone.copies == 1
 
 
-def test_what_is_written_can_be_read_and_drawn_again(tmp_path: Path) -> None:
-    kept = report()
-    kept.write(tmp_path / "gpu-test")
-    again = Report.read(tmp_path / "gpu-test.json")
-    assert again == kept
-    draw(again, tmp_path / "plot.png", title="TEST: made-up figures, nothing was measured")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert gpu.main(["--plot", str(tmp_path / "gpu-test.json")]) == 0
-    assert (tmp_path / "gpu-test.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no ratio"):
-        draw(Report({}), tmp_path / "none.png")
+class OtherArrays(NumpyArrays):
+    """Arrays whose memory another library holds, which a device reads and writes and knows no more of."""
+
+    def held(self, array: Any) -> Held:
+        copy = np.array(array)
+        memory: Any = SimpleNamespace(address=copy.ctypes.data, nbytes=copy.nbytes, array=copy)
+        return Held(copy, memory)
+
+    def read(self, held: Held) -> Any:
+        return held.array
+
+
+def test_transforms_are_measured_on_another_librarys_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuFFT's plans take CuPy's memory alone."""
+    fake = FakeCupy(tmp_path)
+    monkeypatch.setitem(MODULES, "cupy", fake)
+    device = CupyDevice(0, fake.path)
+    stream = device.stream()
+    rig = Rig(device, stream, OtherArrays(stream), HostClock(stream))
+    case = ConvCase("", "", (1, 1, 40, 40), (1, 1, 31, 31), padding=15)
+    found = measure(rig, case, "float32", "fourier", tensors_of(rig, case, "float32"))
+    assert 0 <= found.error <= 1
+    assert found.launches >= 6
+    assert found.times is not None
+
+
+def test_transforms_are_measured_where_they_are_chosen_or_named() -> None:
+    assert algorithms_of(["direct", "fourier"], ["all"]) == ["direct"]
+    assert algorithms_of(["fourier", "direct"], ["all"]) == ["fourier", "direct"]
+    assert algorithms_of(["direct", "fourier"], ["fourier"]) == ["fourier"]
+    assert algorithms_of(["direct", "fourier"], ["chosen"]) == ["direct"]
+    assert algorithms_of(["direct"], ["winograd"]) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "bandwidth"),
+    ("choice", "library"),
     [
-        ("NVIDIA H100 80GB HBM3", 3350),
-        ("NVIDIA H100 PCIe", 2000),
-        ("NVIDIA H200", 4800),
-        ("NVIDIA A100-SXM4-80GB", 2039),
-        ("NVIDIA A100-SXM4-40GB", 1555),
-        ("NVIDIA L4", 300),
-        ("Tesla T4", 320),
-        ("NVIDIA GeForce RTX 4090", 1008),
-        ("NVIDIA L40S", None),
-        ("emulated", None),
+        ("_ConvBackend.Cudnn", "cuDNN"),
+        ("_ConvBackend.CudaDepthwise2d", "PyTorch's own"),
+        (AttributeError("no such function"), "cuDNN or PyTorch's own"),
     ],
 )
-def test_peaks_are_found_by_a_devices_name(name: str, bandwidth: float | None) -> None:
-    found = peaks_of(name)
-    assert (found.bandwidth if found else None) == bandwidth
+def test_whose_kernel_the_peer_takes(choice: Any, library: str) -> None:
+    asked: list[Any] = []
 
+    def select(*given: Any) -> Any:
+        asked.append(given)
+        if isinstance(choice, Exception):
+            raise choice
+        return choice
 
-def test_a_file_is_named_after_the_device() -> None:
-    assert gpu.model_of("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
-    assert gpu.model_of("NVIDIA GeForce RTX 4090") == "rtx-4090"
-
-
-def test_the_program_on_the_emulator(compiler: Compiler, tmp_path: Path) -> None:
-    path = tmp_path / "gpu-emulated"
-    options = ["--device", "emulator", "--families", "tiny", "--cases", "stride 2|5 dilation"]
-    assert gpu.main([*options, "--output", str(path)]) == 0
-    kept = Report.read(path.with_suffix(".json"))
-    measured = {(row.case, row.batch, row.precision) for row in kept.rows if row.chosen}
-    assert len(measured) == 2 * 2 * 4
-    assert all(row.status == "ok" and row.device_us and row.error is not None for row in kept.rows)
-    assert all(row.launches and row.peer_us is None for row in kept.rows)
-    assert {"depthwise", "direct", "implicit_gemm"} <= {row.algorithm for row in kept.rows}
-    assert len(kept.header["kernels"]) == 64
-    assert [figures["images"].split()[-1] for figures in kept.stream] == ["float32", "uint8"]
-    assert all(figures["slowest part over whole"] > 0 for figures in kept.stream)
-    assert not path.with_suffix(".png").exists()
-
-
-def test_what_fails_is_noted_and_the_rest_goes_on(
-    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(rig: Any, case: ConvCase, precision: str, algorithm: str, *others: Any, **more: Any) -> Any:
-        if algorithm == "direct":
-            raise Wrong("by 3 | times")
-        raise MemoryError("no more")
-
-    monkeypatch.setattr(gpu, "measure", measure)
-    path = tmp_path / "gpu-emulated"
-    options = ["--device", "emulator", "--families", "tiny", "--no-stream", "--precisions", "float32"]
-    assert gpu.main([*options, "--algorithms", "direct,implicit_gemm", "--output", str(path)]) == 1
-    rows = Report.read(path.with_suffix(".json")).rows
-    assert {row.status for row in rows if row.algorithm == "direct"} == {"wrong: by 3 / times"}
-    assert {row.status for row in rows if row.algorithm != "direct"} == {"failed: MemoryError: no more"}
-    assert len(rows) == 2 * len(TINY.cases) * len(TINY.batches)
-    assert json.loads(path.with_suffix(".json").read_text())["notes"] == []
-
-
-def test_when_time_is_up_what_is_left_out_is_said(compiler: Compiler, tmp_path: Path) -> None:
-    path = tmp_path / "gpu-emulated"
-    options = ["--device", "emulator", "--families", "tiny", "--no-stream", "--minutes", "-1"]
-    assert gpu.main([*options, "--output", str(path)]) == 0
-    assert Report.read(path.with_suffix(".json")).notes == [
-        "48 cases, for which the -1 minutes did not suffice"
-    ]
+    torch = SimpleNamespace(_C=SimpleNamespace(_select_conv_backend=select))
+    case = ConvCase("", "", (1, 4, 9, 8), (4, 1, 3, 3), 2, 1, 1, 4)
+    assert library_of(torch, case, "x", "w") == library
+    assert asked == [("x", "w", None, [2, 2], [1, 1], [1, 1], False, [0, 0], 4, None)]
 
 
 def test_a_stream_whose_rows_are_wrong_is_not_timed(
@@ -366,7 +330,7 @@ def test_a_stream_whose_rows_are_wrong_is_not_timed(
 
     monkeypatch.setattr(module, "convolved", wrong)
     with pytest.raises(Wrong, match="first row of image 0"):
-        stream_images(EmulatorBackend(), Stretch(images=1, shape=(3, 12, 16), filters=4, repeats=1))
+        stream_images(EmulatedDevice(compiler), Stretch(images=1, shape=(3, 12, 16), filters=4, repeats=1))
 
 
 def test_the_digest_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,78 +340,3 @@ def test_the_digest_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu.kernels_digest() != before
     monkeypatch.setattr(base, "every_kernel", lambda: iter(kernels[::-1]))
     assert gpu.kernels_digest() == before
-
-
-@pytest.mark.parametrize("architecture", [75, 80, 90, 120])
-def test_some_problem_launches_every_form(architecture: int) -> None:
-    found, missing = gpu_forms.problems(replace(INFO, architecture=architecture))
-    assert not missing, sorted(kernel.name for kernel in missing)
-    assert {problem.algorithm for problem in found} >= {"direct", "depthwise", "implicit_gemm"}
-
-
-def test_forms_are_validated(compiler: Compiler, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_forms.main(["--device", "emulator", "--only", "^(direct|elementwise)"]) == 0
-    assert ", 0 of them wrong" in capsys.readouterr().out
-
-
-def test_a_form_that_computes_something_else_is_found(
-    compiler: Compiler, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(*given: Any) -> Any:
-        return convolved(*given) * 1.001
-
-    monkeypatch.setattr(gpu_forms, "convolved", wrong)
-    assert gpu_forms.main(["--device", "emulator", "--only", "^direct.*float32.*zeros"]) == 1
-    assert "times the bound" in capsys.readouterr().out
-
-
-def test_a_form_that_no_problem_launches_is_an_error(
-    compiler: Compiler, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_forms, "CASES", gpu_forms.CASES[:1])
-    assert gpu_forms.main(["--device", "emulator", "--only", "^depthwise_float32_7x7"]) == 1
-    assert "no problem of the list launches depthwise_float32_7x7" in capsys.readouterr().out
-
-
-def script(*parts: str, path: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Runs tools/test-gpu with this Python."""
-    search = os.environ["PATH"] if path is None else f"{path}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PYTHON": sys.executable, "PATH": search} | settings
-    command = [str(ROOT / "tools" / "test-gpu"), *parts]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-STAND_IN = """#!/bin/sh
-echo "$1 $2"
-while [ "$1" != "$PYTHON" ]; do shift; done
-[ -z "$FAIL" ] || exit 9
-exec "$@"
-"""
-
-FEW = "--device emulator --only ^elementwise_copy"
-
-
-def test_the_script_runs_parts_and_says_how_they_ended(compiler: Compiler, tmp_path: Path) -> None:
-    stand_in = tmp_path / "compute-sanitizer"
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
-    done = script("forms", "sanitize", path=tmp_path, FORMS_ARGS=FEW, SANITIZERS="memcheck racecheck")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("4 problems, 0 of them wrong") == 3
-    assert "--tool racecheck" in done.stdout
-    assert done.stdout.count(" passed ") == 3
-    done = script("sanitize", path=tmp_path, FORMS_ARGS=FEW, SANITIZERS="memcheck", FAIL="yes")
-    assert done.returncode == 1
-    assert "failed: sanitize memcheck;" in done.stdout
-
-
-def test_the_script_knows_its_parts() -> None:
-    done = script("speed")
-    assert done.returncode == 2
-    assert "there is no part speed" in done.stderr
-
-
-def test_without_a_gpu_the_suite_fails_and_does_not_skip(tmp_path: Path) -> None:
-    done = script("suite", PYTEST_ARGS="-x -k test_worked_example", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 1
-    assert "CONVSERVICE_TEST_BACKENDS demands it" in done.stdout

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from convservice_backends.cuda.source import Kernel
 from convservice_emulator.build import Compiler, LaunchFailed
 from convservice_emulator.memory import POISON, Block, EmulatedMemory
 from convservice_emulator.streams import Place, Policy, Queue, Scheduler
+from convservice_emulator.work import DONE, multiply_adds
 
 INFO = DeviceInfo(name="emulated", architecture=90, processors=4, memory_bytes=2 << 30)
 
@@ -28,6 +30,9 @@ ORDERS = 3
 
 MOST_POOLED = 2
 """Free blocks that a stream keeps."""
+
+ROUNDED_BYTES = 512
+"""A GPU's pool of memory takes a multiple of so many bytes for each allocation."""
 
 
 class EmulatedEvent:
@@ -57,10 +62,10 @@ class EmulatedStream:
         self._pool: list[Block] = []
         self._freed: deque[Block] = deque()  # the garbage collector adds to it at any moment
 
-    def allocate(self, nbytes: int) -> EmulatedMemory:
-        """Memory, poisoned in this stream's order."""
+    def allocate(self, nbytes: int, *, stays: bool = False) -> EmulatedMemory:
+        """Memory, poisoned in this stream's order; what stays is no session's."""
         with self._device.lock:
-            self._device.take(nbytes)
+            self._device.take(nbytes, stays=stays)
             self._collect()
             fitting = (block for block in self._pool if nbytes <= block.nbytes <= 2 * nbytes)
             block = next(fitting, None)
@@ -69,7 +74,7 @@ class EmulatedStream:
             else:
                 self._pool.remove(block)
                 self._device.put(self._queue, lambda: block.data.fill(POISON))
-            return EmulatedMemory(block, nbytes, self, self._give_back)
+            return EmulatedMemory(block, nbytes, self, partial(self._give_back, stays=stays))
 
     def launch(self, launch: Launch) -> None:
         """Queues a kernel, with its arguments as they are now."""
@@ -122,9 +127,9 @@ class EmulatedStream:
         """Does all its work."""
         self.record().synchronize()
 
-    def _give_back(self, block: Block, nbytes: int) -> None:
+    def _give_back(self, block: Block, nbytes: int, *, stays: bool) -> None:
         self._freed.append(block)
-        self._device.freed(nbytes)
+        self._device.freed(nbytes, stays=stays)
 
     def _collect(self) -> None:
         while self._freed:
@@ -157,7 +162,8 @@ class EmulatedDevice:
         self._launches = 0
         self._failure = ""
         self._taken = 0
-        self._freed: deque[int] = deque()
+        self._working = self._peak = 0  # of memory that does not stay, as a pool counts it: now, and at most
+        self._freed: deque[tuple[int, bool]] = deque()
 
     @property
     def failure(self) -> str:
@@ -168,9 +174,15 @@ class EmulatedDevice:
     def taken_bytes(self) -> int:
         """Device memory that is held."""
         with self.lock:
-            while self._freed:
-                self._taken -= self._freed.popleft()
+            self._count_freed()
             return self._taken
+
+    def peak(self) -> int:
+        """Most memory held at a time since this was last asked, without what stays; as a pool counts it."""
+        with self.lock:
+            self._count_freed()
+            peak, self._peak = self._peak, self._working
+            return peak
 
     @property
     def launches(self) -> int:
@@ -195,7 +207,7 @@ class EmulatedDevice:
 
     def allocate(self, nbytes: int) -> EmulatedMemory:
         """Memory of a stream that nobody else works on."""
-        return self.stream().allocate(nbytes)
+        return self.stream().allocate(nbytes, stays=True)
 
     def pinned(self, nbytes: int) -> Bytes:
         """Memory of the host, poisoned."""
@@ -204,7 +216,7 @@ class EmulatedDevice:
     def close(self) -> None:
         """Nothing is kept that the garbage collector does not take."""
 
-    def take(self, nbytes: int) -> None:
+    def take(self, nbytes: int, *, stays: bool = False) -> None:
         """Counts memory as held.
 
         Raises:
@@ -218,10 +230,13 @@ class EmulatedDevice:
                 metadata={"bytes": str(nbytes), "free": str(free), "budget": str(self.info.memory_bytes)},
             )
         self._taken += nbytes
+        if not stays:
+            self._working += _rounded_up(nbytes)
+            self._peak = max(self._peak, self._working)
 
-    def freed(self, nbytes: int) -> None:
+    def freed(self, nbytes: int, *, stays: bool = False) -> None:
         """Counts memory as free; the garbage collector calls it at any moment."""
-        self._freed.append(nbytes)
+        self._freed.append((nbytes, stays))
 
     def new_block(self, nbytes: int) -> Block:
         """Bytes that no stream has had before."""
@@ -245,6 +260,7 @@ class EmulatedDevice:
     def run(self, kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], blocks: list[Block]) -> None:
         """Runs a kernel now."""
         self._launches += 1
+        DONE.add(multiply_adds(kernel, arguments))
         order = self._launches % ORDERS if self._order is None else self._order
         library = self._compiler.library(kernel)
         library.launch(arguments, grid, kernel.dynamic_bytes, order, self._launches)
@@ -252,6 +268,12 @@ class EmulatedDevice:
             trespass = block.trespass()
             if trespass:
                 raise LaunchFailed(f"kernel {kernel.name}: {trespass}", reason=Reason.INTERNAL)
+
+    def _count_freed(self) -> None:
+        while self._freed:
+            nbytes, stays = self._freed.popleft()
+            self._taken -= nbytes
+            self._working -= 0 if stays else _rounded_up(nbytes)
 
     def _guarded(self, work: Any) -> None:
         try:
@@ -286,6 +308,10 @@ def transformed(transform: Transform, data: Bytes) -> None:
             spectrum[:] = np.fft.rfft2(one)
     if transform.inverse:
         spectra.view(np.uint8)[:] = POISON
+
+
+def _rounded_up(nbytes: int) -> int:
+    return -(-nbytes // ROUNDED_BYTES) * ROUNDED_BYTES
 
 
 def _block(memory: Memory) -> Block:

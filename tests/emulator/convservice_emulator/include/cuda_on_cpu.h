@@ -17,12 +17,9 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __constant__ static
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static  // AddressSanitizer guards no variable that is in a section of its own
 #else
@@ -35,21 +32,12 @@
 #define blockIdx (cuda_on_cpu::this_block())
 #define blockDim (cuda_on_cpu::block_size)
 #define gridDim (cuda_on_cpu::grid_size)
-static const int warpSize = cuda_on_cpu::WARP;
 
 #define __syncthreads() cuda_on_cpu::barrier(__LINE__)
-static inline void __threadfence() {}
-static inline void __threadfence_block() {}
 static inline void __trap() {
   cuda_on_cpu::fail("__trap");
   cuda_on_cpu::give_up();
 }
-
-template <typename Value> static inline Value __ldg(const Value* place) { return *place; }
-template <typename Value> static inline Value __ldcs(const Value* place) { return *place; }
-template <typename Value> static inline Value __ldcg(const Value* place) { return *place; }
-template <typename Value> static inline void __stcs(Value* place, Value value) { *place = value; }
-template <typename Value> static inline void __stcg(Value* place, Value value) { *place = value; }
 
 // The function that launches `KERNEL` over a grid, with one structure by value. It returns 0, or 1 with the reason
 // in `message`.

@@ -15,35 +15,10 @@ template <typename To, typename From> static inline To same_bits(From from) {
 
 static inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::same_bits<float>(bits); }
 static inline unsigned __float_as_uint(float value) { return cuda_on_cpu::same_bits<unsigned>(value); }
-static inline float __int_as_float(int bits) { return cuda_on_cpu::same_bits<float>(bits); }
-static inline int __float_as_int(float value) { return cuda_on_cpu::same_bits<int>(value); }
-static inline double __longlong_as_double(long long bits) { return cuda_on_cpu::same_bits<double>(bits); }
-static inline long long __double_as_longlong(double value) { return cuda_on_cpu::same_bits<long long>(value); }
-static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
-static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
-  return (unsigned long long)((unsigned __int128)a * b >> 64);
-}
-static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-static inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
 static inline int __ffs(int bits) { return __builtin_ffs(bits); }
-static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-static inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline double __dmul_rn(double a, double b) { return a * b; }
-static inline double __dadd_rn(double a, double b) { return a + b; }
 
-#define CUDA_ON_CPU_MIN_MAX(type)                                        \
-  static inline type min(type a, type b) { return b < a ? b : a; }       \
-  static inline type max(type a, type b) { return a < b ? b : a; }
-CUDA_ON_CPU_MIN_MAX(int)
-CUDA_ON_CPU_MIN_MAX(unsigned)
-CUDA_ON_CPU_MIN_MAX(long)
-CUDA_ON_CPU_MIN_MAX(unsigned long)
-CUDA_ON_CPU_MIN_MAX(long long)
-CUDA_ON_CPU_MIN_MAX(unsigned long long)
-static inline float min(float a, float b) { return fminf(a, b); }
-static inline float max(float a, float b) { return fmaxf(a, b); }
+static inline int min(int a, int b) { return b < a ? b : a; }
+static inline int max(int a, int b) { return a < b ? b : a; }
 static inline double min(double a, double b) { return fmin(a, b); }
 static inline double max(double a, double b) { return fmax(a, b); }
 
