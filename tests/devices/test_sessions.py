@@ -296,7 +296,7 @@ def test_memory_that_runs_out_in_spite_of_the_plan(
     assert_same_bits(expected, run(prepared, x), "after the memory came back")
 
 
-def refuse(self: EmulatedDevice, nbytes: int) -> None:
+def refuse(self: EmulatedDevice, nbytes: int, *, stays: bool = False) -> None:
     raise ResourceExhausted("somebody else has the memory", reason=Reason.OUT_OF_DEVICE_MEMORY)
 
 
