@@ -154,7 +154,7 @@ FAILING = {
         "an asynchronous copy of 16 bytes goes from or to an address that is no multiple of that",
     ),
     "a matrix at an odd place": (
-        "__shared__ float target[128]; unsigned r[2]; load_matrix_x2(r, target + 1);",
+        "__shared__ float target[128]; unsigned r[4]; load_matrix_x4(r, target + 1);",
         "not at a multiple of 16 bytes",
     ),
     "a trap": ("if (thread == 5) __trap();", "__trap"),

@@ -163,7 +163,7 @@ class CudaNetwork:
     def _plan_anew(self, spec: TensorSpec, out_dtype: DType | None) -> DevicePlan:
         own, info = self._network.dtype(spec.dtype), self._contexts[0].device.info
         operators = {
-            node.id: self._operator(node, spec, own, given, info)
+            node.id: self._operator(node, spec, given, info)
             for node, given in _givens(self._network, spec, own, self._manner)
         }
         plan = plan_session(self._network, operators, spec, out_dtype, self._manner)
@@ -187,9 +187,7 @@ class CudaNetwork:
             ways=ways,
         )
 
-    def _operator(
-        self, node: Node, spec: TensorSpec, own: DType, given: DType, info: DeviceInfo
-    ) -> DeviceOperator:
+    def _operator(self, node: Node, spec: TensorSpec, given: DType, info: DeviceInfo) -> DeviceOperator:
         layer = node.layer
         if isinstance(layer, Conv):
             sample = self._network.shapes(spec.sample)[node.inputs[0]]

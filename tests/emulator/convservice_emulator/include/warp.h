@@ -163,12 +163,8 @@ CUDA_ON_CPU_QUIET static void matrix_product(const char* operation, void (*unpac
 // ---- the functions that kernels/ptx.cuh has for a GPU
 
 static inline void load_matrix_x4(unsigned (&r)[4], const void* row) { cuda_on_cpu::load_matrix<4, false>(r, row); }
-static inline void load_matrix_x2(unsigned (&r)[2], const void* row) { cuda_on_cpu::load_matrix<2, false>(r, row); }
 static inline void load_matrix_x4_transposed(unsigned (&r)[4], const void* row) {
   cuda_on_cpu::load_matrix<4, true>(r, row);
-}
-static inline void load_matrix_x2_transposed(unsigned (&r)[2], const void* row) {
-  cuda_on_cpu::load_matrix<2, true>(r, row);
 }
 static inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   cuda_on_cpu::matrix_product<8>("mma.m16n8k8.tf32", cuda_on_cpu::unpack_tf32, d, a, b);
