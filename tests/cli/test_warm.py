@@ -19,6 +19,7 @@ from convservice_backends.cuda.algorithms import NAMES, VARIABLE
 from convservice_backends.cuda.algorithms.base import every_kernel
 from convservice_backends.cuda.device import DeviceInfo
 from convservice_backends.cuda.dry import kernels_for
+from convservice_backends.cupy import backend
 from convservice_backends.cupy.cache import FOLDER_VARIABLE
 from tests.cli.conftest import Cli
 
@@ -266,3 +267,11 @@ def test_a_folder_that_keeps_nothing(cli: Cli, folder: Path) -> None:
     ended = cli("warm", *SMALL)
     assert ended.status == 1
     assert f"cannot be kept in {folder}" in ended.err
+
+
+def test_without_a_gpu_it_says_why_and_what_to_do(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "DRIVER", "libno-such-driver.so.1")
+    ended = cli("warm", *SMALL[:3])
+    assert ended.status == 1
+    assert "no GPU can be used here: there is no NVIDIA driver here (libno-such-driver.so.1" in ended.err
+    assert ended.err.rstrip().endswith("--architecture says for which one to compile")

@@ -46,7 +46,7 @@ class CupyBackend(CudaBackend):
     name: ClassVar[str] = "cupy"
 
     def __init__(self, algorithm: str | None = None) -> None:
-        cupy = _imported()
+        cupy = imported()
         cache, algorithm, limit = KernelCache(), algorithm or wanted_by_environment(), _memory_limit()
         models = _models(cupy)
         versions = _versions(cupy, cache)  # before a device is touched: what refuses must not keep its memory
@@ -58,8 +58,12 @@ class CupyBackend(CudaBackend):
             raise
 
 
-def _imported() -> Any:
-    """The module `cupy`; it is large, and is not imported where there is no driver."""
+def imported() -> Any:
+    """The module `cupy`; it is large, and is not imported where there is no driver.
+
+    Raises:
+        BackendUnavailable: CuPy or the driver is not installed, or CuPy cannot be imported.
+    """
     if find_spec("cupy") is None:
         raise _unavailable(f"CuPy is not installed: {INSTALL}")
     try:

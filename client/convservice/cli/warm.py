@@ -235,13 +235,15 @@ def _device(arguments: argparse.Namespace, cache: Any) -> DeviceInfo:
         common = max((one for one in PROCESSORS if one <= architecture), default=min(PROCESSORS))
         processors = arguments.processors or PROCESSORS[common]
         return DeviceInfo(f"sm_{architecture}", architecture, processors, MEMORY_BYTES)
-    try:
-        from convservice_backends.cupy.device import CupyDevice
+    from convservice_backends.cupy.backend import imported
+    from convservice_backends.cupy.device import CupyDevice
 
+    try:
+        imported()
         return CupyDevice(0, cache.path).info
-    except (ImportError, BackendUnavailable) as exc:
+    except BackendUnavailable as exc:
         raise CommandFailed(
-            f"no GPU can be used here ({exc}); --architecture says for which one to compile"
+            f"no GPU can be used here: {exc.message}; --architecture says for which one to compile"
         ) from exc
 
 
