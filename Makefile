@@ -6,12 +6,13 @@ VENV ?= .venv
 PROTO_VENV ?= .venv-proto
 FLOOR_VENV ?= .venv-floor
 BENCH_VENV ?= .venv-bench
+TORCH_VENV ?= .venv-torch
 GPU_VENV ?= .venv-gpu
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PARTS ?=
 GPU_EXTRA ?= cuda13
-EXTRAS := server,cli,bfloat16
+EXTRAS := server,cli,bfloat16,files,onnx,otel
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -34,7 +35,16 @@ test: $(VENV)/test.stamp ## run the whole test suite (PYTEST_ARGS='-k stream' fo
 
 .PHONY: test-floor
 test-floor: $(FLOOR_VENV)/test.stamp ## run the quick tests on the lowest supported versions of the dependencies
-	$(FLOOR_VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	$(FLOOR_VENV)/bin/python -m pytest -m 'not slow and not containers and not torch' $(PYTEST_ARGS)
+
+.PHONY: test-containers
+test-containers: $(VENV)/test.stamp ## on a Docker engine (installed and started where it may be): image, compose, the SDK against them
+	tests/containers/engine-up
+	TESTCONTAINERS_RYUK_DISABLED=true $(VENV)/bin/python -m pytest -m containers tests/containers $(PYTEST_ARGS)
+
+.PHONY: test-torch
+test-torch: $(TORCH_VENV)/torch-test.stamp ## every layer beside PyTorch, and networks taken from it
+	$(TORCH_VENV)/bin/python -m pytest -m torch tests/torch $(PYTEST_ARGS)
 
 .PHONY: test-install
 test-install: $(VENV)/test.stamp ## install the plain wheel elsewhere and call a server with it
@@ -103,15 +113,19 @@ clean: ## remove caches and what builds and the demo wrote
 
 .PHONY: distclean
 distclean: clean ## remove the virtual environments as well
-	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) $(BENCH_VENV) $(GPU_VENV)
+	rm -rf $(VENV) $(PROTO_VENV) $(FLOOR_VENV) $(BENCH_VENV) $(TORCH_VENV) $(GPU_VENV)
 
 # A stamp FOLDER/GROUP.stamp says that the environment holds the project, editable, and that dependency group.
-$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python $(BENCH_VENV)/bin/python $(GPU_VENV)/bin/python:
+$(VENV)/bin/python $(PROTO_VENV)/bin/python $(FLOOR_VENV)/bin/python $(BENCH_VENV)/bin/python $(TORCH_VENV)/bin/python $(GPU_VENV)/bin/python:
 	tools/make-venv $(PYTHON) $(@:/bin/python=)
 
 # What runs the tests has the emulator too, a distribution of its own.
 $(VENV)/%.stamp: $(VENV)/bin/python pyproject.toml tests/emulator/pyproject.toml
 	$(VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' $(if $(filter test dev,$*),--editable tests/emulator) --group $*
+	@touch $@
+
+$(TORCH_VENV)/torch-test.stamp: $(TORCH_VENV)/bin/python pyproject.toml tests/emulator/pyproject.toml
+	$(TORCH_VENV)/bin/python $(PIP_INSTALL) --editable '.[$(EXTRAS)]' --editable tests/emulator --group torch-test
 	@touch $@
 
 $(BENCH_VENV)/bench.stamp: $(BENCH_VENV)/bin/python pyproject.toml
