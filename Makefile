@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 PARTS ?=
 GPU_EXTRA ?= cuda13
-EXTRAS := server,cli,bfloat16,files,onnx,otel
+EXTRAS := server,cli,bfloat16,onnx,otel
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

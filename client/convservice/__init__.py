@@ -35,6 +35,7 @@ from convservice.errors import (
     ServiceUnavailable,
     Unauthenticated,
 )
+from convservice.files import load, save
 from convservice.geometry import SampleShape
 from convservice.info import BackendInfo, Limits, ServerInfo, Usage
 from convservice.layers import Activation, Conv, Layer, ReceptiveField
@@ -79,4 +80,6 @@ __all__ = [
     "__version__",
     "connect",
     "connect_async",
+    "load",
+    "save",
 ]

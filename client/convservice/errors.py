@@ -33,7 +33,8 @@ DOMAIN = "convservice.v1"
 class Reason(StrEnum):
     """Stable names of what went wrong, for programs; listed in the contract at `TensorError`.
 
-    `UNREACHABLE` is not among those: clients alone raise it, where gRPC itself says UNAVAILABLE.
+    Two are not among those, because clients alone raise them: `UNREACHABLE`, where gRPC itself says
+    UNAVAILABLE, and `INVALID_FILE`, of a file that holds no network.
     """
 
     INVALID_SHAPE = "INVALID_SHAPE"
@@ -70,6 +71,7 @@ class Reason(StrEnum):
     DRAINING = "DRAINING"
     IDLE = "IDLE"
     UNREACHABLE = "UNREACHABLE"
+    INVALID_FILE = "INVALID_FILE"
     INTERNAL = "INTERNAL"
 
 

@@ -11,7 +11,10 @@ import pytest
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_the_readmes_code_runs(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_code_runs(
+    target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where it writes its files
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:

@@ -147,6 +147,32 @@ def test_all_layers_of_a_registered_network(cli: Cli, target: str, registered: N
     assert ended.json["found"] > 0
 
 
+def test_all_layers_of_a_network_in_a_file(cli: Cli, tmp_path: Path, rng: np.random.Generator) -> None:
+    layers = [
+        Conv(rng.standard_normal((16, 3, 5, 5)).astype(np.float16), stride=2),
+        Activation("silu"),
+    ]
+    path = tmp_path / "edges.safetensors"
+    convservice.save(Network(layers), path)
+    ended = cli("warm", path, *IMAGE)
+    assert set(ended.json["kernels"]) == needed(Network(layers), (1, 3, 40, 30), "float16")
+    for options, message in {
+        ("--target", NOWHERE): f"no server is asked about the file {path}",
+        ("--stride", "2"): f"have their own stride, padding and so on: {path} takes no --stride",
+    }.items():
+        ended = cli("warm", path, *IMAGE[:-1], *options)
+        assert (ended.status, message in ended.err) == (2, True)
+
+
+def test_a_file_that_holds_no_network(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "edges.safetensors"
+    ended = cli("warm", path, *IMAGE[:-1])
+    assert (ended.status, f"cannot read {path}: No such file" in ended.err) == (2, True)
+    path.write_bytes(b"PNG")
+    ended = cli("warm", path, *IMAGE[:-1])
+    assert (ended.status, f"{path} is no network file, or is damaged" in ended.err) == (2, True)
+
+
 def test_a_registered_network_of_another_type_than_float32(
     cli: Cli, target: str, client: convservice.ConvClient, rng: np.random.Generator
 ) -> None:

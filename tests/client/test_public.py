@@ -46,6 +46,8 @@ PROMISED = [
     "__version__",
     "connect",
     "connect_async",
+    "load",
+    "save",
 ]
 
 GEOMETRY = ["stride", "padding", "dilation", "groups", "padding_mode", "activation"]

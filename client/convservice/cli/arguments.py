@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.cli.outcome import CommandFailed, Exit
+from convservice.files import load
 from convservice.layers import Conv
+from convservice.network import Network
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 """Where `serve` listens when it is not told otherwise."""
@@ -135,6 +137,19 @@ def load_array(path: Path) -> NDArray[Any]:
         raise CommandFailed(f"{path} holds several arrays; a .npy file with one is needed", Exit.USAGE)
     array: NDArray[Any] = loaded
     return array
+
+
+def load_network(path: Path) -> Network:
+    """The network in a file that `convservice.save` wrote.
+
+    Raises:
+        CommandFailed: there is no such file, or it cannot be read.
+        InvalidRequest: it holds no network; the message names the file.
+    """
+    try:
+        return load(path)
+    except OSError as exc:
+        raise CommandFailed(f"cannot read {path}: {exc.strerror or exc}", Exit.USAGE) from exc
 
 
 def add_convolution(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """`convservice warm`: compiles the CUDA kernels that a network needs before a request waits for them.
 
-A network is given as a filter bank, or as the name of one that a server keeps. Of that only the layers are
-fetched: zeros stand for its weights. Values take no part in the choice of kernels, unless they are not
-finite or close to float32's largest: the FFT and Winograd's algorithm do without such filters.
+A network is given as a filter bank, as a file, or as the name of one that a server keeps. Of that only the
+layers are fetched: zeros stand for its weights. Values take no part in the choice of kernels, unless they are
+not finite or close to float32's largest: the FFT and Winograd's algorithm do without such filters.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from convservice.cli.arguments import (
     convolution_options,
     integers,
     load_array,
+    load_network,
     positive,
 )
 from convservice.cli.command import Command
@@ -34,6 +35,7 @@ from convservice.cli.outcome import CommandFailed, Exit
 from convservice.cli.output import show_json, show_table
 from convservice.dtypes import DTYPES, FLOAT32, DType, dtype_of
 from convservice.errors import BackendUnavailable
+from convservice.files import SUFFIX
 from convservice.geometry import MAX_RANK, SampleShape
 from convservice.network import NAME_PREFIX, Network
 from convservice.tensors import Tensor
@@ -49,6 +51,7 @@ keeps them where a server on this machine finds them: in CONVSERVICE_KERNEL_CACH
 folder. They are for the GPU here; without one, say for which with --architecture. NETWORK is one of
   64,3,7,7             one convolution, by the shape of its filter bank: (out, in / groups, *kernel)
   weight.npy           one convolution, by a file with its filter bank
+  edges.safetensors    all layers of a network in a file that convservice.save wrote
   networks/sha256-...  all layers of a network that was registered on the server at --target
 
 Give what the requests will give: other types, or another precision, may need other kernels. If the server
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "network",
         metavar="NETWORK",
-        help="the shape of a filter bank, its .npy file, or the name of a registered network",
+        help="the shape of a filter bank, a file with one or with a network, or a registered network's name",
     )
     parser.add_argument(
         "--shape",
@@ -148,9 +151,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _problem(arguments: argparse.Namespace) -> tuple[Network, TensorSpec]:
     """The network and the tensor that the arguments describe."""
     given = dtype_of(arguments.dtype) if arguments.dtype else None
-    if arguments.network.startswith(NAME_PREFIX):
+    text: str = arguments.network
+    if text.startswith(NAME_PREFIX):
         network = _registered(arguments)
-        own = network.tensors[0].dtype if network.tensors else FLOAT32
+        own = _own_dtype(network)
+    elif text.endswith(SUFFIX):
+        network = _saved(arguments)
+        own = _own_dtype(network)
     else:
         weight = _filter_bank(arguments)
         own = given or dtype_of(weight.dtype)
@@ -167,6 +174,11 @@ def _problem(arguments: argparse.Namespace) -> tuple[Network, TensorSpec]:
     return network, TensorSpec(given or own, sample, shape[0], shape[2])
 
 
+def _own_dtype(network: Network) -> DType:
+    """That of the weights, or float32 where there are none."""
+    return network.tensors[0].dtype if network.tensors else FLOAT32
+
+
 def _registered(arguments: argparse.Namespace) -> Network:
     """The network that the server keeps, with zeros for its weights."""
     name: str = arguments.network
@@ -175,16 +187,38 @@ def _registered(arguments: argparse.Namespace) -> Network:
             f"a registered network is fetched from the server that keeps it: {name} needs --target HOST:PORT",
             Exit.USAGE,
         )
-    options = [f"--{option.replace('_', '-')}" for option in convolution_options(arguments)]
-    if options:
-        raise CommandFailed(
-            f"the layers of a registered network have their own stride, padding and so on: {name} takes no"
-            f" {', '.join(options)}",
-            Exit.USAGE,
-        )
+    _refuse_geometry(arguments)
     with connected(arguments) as client:
         fetched = client.network(name).network
     return network_from_proto(network_to_proto(fetched), _zeros)
+
+
+def _saved(arguments: argparse.Namespace) -> Network:
+    """The network in a file."""
+    _refuse_target(arguments, "the file")
+    _refuse_geometry(arguments)
+    return load_network(Path(arguments.network))
+
+
+def _refuse_geometry(arguments: argparse.Namespace) -> None:
+    """Refuses the options of a convolution for a network whose layers have their own."""
+    options = [f"--{option.replace('_', '-')}" for option in convolution_options(arguments)]
+    if options:
+        raise CommandFailed(
+            f"the layers of a network have their own stride, padding and so on: {arguments.network} takes no"
+            f" {', '.join(options)}",
+            Exit.USAGE,
+        )
+
+
+def _refuse_target(arguments: argparse.Namespace, what: str) -> None:
+    """Refuses a server where none is asked."""
+    if arguments.target is not None:
+        raise CommandFailed(
+            f"--target says which server keeps a registered network, {NAME_PREFIX}...: no server is asked"
+            f" about {what} {arguments.network}, and kernels are compiled on this machine",
+            Exit.USAGE,
+        )
 
 
 def _zeros(reference: Tensor) -> Tensor:
@@ -195,12 +229,7 @@ def _zeros(reference: Tensor) -> Tensor:
 def _filter_bank(arguments: argparse.Namespace) -> NDArray[Any]:
     """The filters in a file, or zeros of a shape: values do not matter here."""
     text: str = arguments.network
-    if arguments.target is not None:
-        raise CommandFailed(
-            f"--target says which server keeps a registered network, {NAME_PREFIX}...: no server is asked"
-            f" about the filter bank {text}, and kernels are compiled on this machine",
-            Exit.USAGE,
-        )
+    _refuse_target(arguments, "the filter bank")
     if re.fullmatch(r"\d+(,\d+)+", text):
         return np.zeros(integers(text), np.float32)
     weight = load_array(Path(text))
