@@ -27,9 +27,16 @@ Factory = Callable[[], Backend]
 Watcher = Callable[[str, bool], None]
 """Told a backend's name, and whether it serves."""
 
+Trial = Callable[[Backend], None]
+"""Raises what is wrong with a backend that was just constructed."""
+
 
 def _nobody(name: str, serves: bool) -> None:
     """The watcher of a registry that nobody watches."""
+
+
+def _no_trial(backend: Backend) -> None:
+    """The trial of a registry that takes every backend that can be constructed."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,17 @@ class Registry:
     Args:
         default: the backend for requests that name none; `"auto"` takes the first that works.
         factories: name to constructor; those of the entry-point group when not given.
+        trial: a backend that it raises for cannot run here.
     """
 
-    def __init__(self, default: str = AUTO, factories: Mapping[str, Factory] | None = None) -> None:
+    def __init__(
+        self,
+        default: str = AUTO,
+        factories: Mapping[str, Factory] | None = None,
+        trial: Trial = _no_trial,
+    ) -> None:
         found = _installed() if factories is None else factories
+        self._trial = trial
         self._places = {name: _Place(factory) for name, factory in found.items()}
         self._default = default
         self._watcher: Watcher = _nobody
@@ -153,7 +167,7 @@ class Registry:
         with place.lock:
             is_new = place.made is None and not place.refused
             if is_new:
-                _construct(name, place)
+                _construct(name, place, self._trial)
             made, refused = place.made, place.refused
         if made is None:
             raise self._unavailable(name, refused)
@@ -184,10 +198,16 @@ class Registry:
         )
 
 
-def _construct(name: str, place: _Place) -> None:
-    """Makes a place's backend, or notes why it cannot be made; called with the place's lock held."""
+def _construct(name: str, place: _Place, trial: Trial) -> None:
+    """Makes a place's backend, or notes why there is none; called with the place's lock held."""
     try:
-        place.made = place.factory()
+        made = place.factory()
+        try:
+            trial(made)
+        except BaseException:
+            made.close()
+            raise
+        place.made = made
     except BackendUnavailable as exc:
         place.refused = f"backend {name!r} cannot run here: {exc.message}"
     except Exception as exc:  # noqa: BLE001 - a third party's constructor may raise anything; it is kept as the reason

@@ -8,33 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from convservice.bands import PAYLOAD_BYTES
 from convservice.errors import InvalidRequest, Reason
+from convservice_server.resources import defaults, limits
 
 MIB = 1 << 20
 MESSAGE_SLACK_BYTES = 128 << 10
 """Room in a message beside tensor bytes: headers, names, the structure of an inline network."""
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def machine_memory_bytes() -> int:
-    """Bytes of memory that this process may use: the machine's, or its control group's if that is less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in _CGROUP_LIMITS:
-        try:
-            memory = min(memory, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no such control group, or "max"
-            continue
-    return memory
+def _default(name: str) -> Any:
+    """A field whose default follows from the limits of the machine or container."""
+    return field(default_factory=lambda: getattr(defaults(limits()), name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +35,10 @@ class ServerConfig:
 
     Attributes:
         listen: `HOST:PORT` to listen on; port 0 picks a free one; an IPv6 host stands in brackets.
+        health_listen: likewise, for health checks alone, in plaintext; empty for no such port.
         backend: the backend for tensors that name none; `"auto"` takes the first that works.
-        memory_budget_bytes: for all running tensors together; half of the machine's memory.
-        weights_budget_bytes: for all weights together, prepared forms included; a quarter of the memory.
+        memory_budget_bytes: for all running tensors together; half of the memory that the process leaves.
+        weights_budget_bytes: for all weights together, prepared forms included; a quarter of it.
         max_streams: `ConvolveStream` calls served at the same time, each with a worker of its own.
         max_uploads: `PutWeights` calls (and reflection calls) served at the same time, likewise.
         unary_workers: workers that streams can never take: for unary calls. Health has its own.
@@ -67,12 +60,13 @@ class ServerConfig:
     """
 
     listen: str = "127.0.0.1:50051"
+    health_listen: str = ""
     backend: str = "auto"
-    memory_budget_bytes: int = field(default_factory=lambda: machine_memory_bytes() // 2)
-    weights_budget_bytes: int = field(default_factory=lambda: machine_memory_bytes() // 4)
-    max_streams: int = 64
-    max_uploads: int = 8
-    unary_workers: int = field(default_factory=lambda: max(8, 2 * (os.cpu_count() or 1)))
+    memory_budget_bytes: int = _default("memory_budget_bytes")
+    weights_budget_bytes: int = _default("weights_budget_bytes")
+    max_streams: int = _default("max_streams")
+    max_uploads: int = _default("max_uploads")
+    unary_workers: int = _default("unary_workers")
     max_message_bytes: int = 4 * MIB
     max_unary_bytes: int = MIB
     max_inline_weight_bytes: int = MIB
@@ -86,6 +80,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         split_address(self.listen)
+        if self.health_listen:
+            split_address(self.health_listen, "health_listen")
         for name in (
             "memory_budget_bytes",
             "weights_budget_bytes",
@@ -151,11 +147,11 @@ class ServerConfig:
             raise _wrong(name, " or ".join(repr(value) for value in allowed), getattr(self, name))
 
 
-def split_address(listen: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`; the brackets of an IPv6 host are kept."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):(\d{1,5})", str(listen))
+def split_address(address: str, name: str = "listen") -> tuple[str, int]:
+    """Host and port of the setting `name`, `HOST:PORT`; the brackets of an IPv6 host are kept."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):(\d{1,5})", str(address))
     if match is None or int(match[2]) > 65_535:
-        raise _wrong("listen", "HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:50051", listen)
+        raise _wrong(name, "HOST:PORT with a port from 0 to 65535, such as 127.0.0.1:50051", address)
     return match[1], int(match[2])
 
 

@@ -33,6 +33,15 @@ def as_error(exc: BaseException) -> ConvServiceError:
     )
 
 
+def warming() -> ServiceUnavailable:
+    """What every call but health is told while the backends are tried."""
+    return ServiceUnavailable(
+        "the server is starting and not ready yet; try again in a moment",
+        reason=Reason.WARMING,
+        retry_after=1.0,
+    )
+
+
 def draining() -> ServiceUnavailable:
     """What new work is told while the server stops."""
     return ServiceUnavailable(

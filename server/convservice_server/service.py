@@ -30,7 +30,7 @@ from convservice_server import uploads
 from convservice_server.admission import Admission
 from convservice_server.calls import Call, Clock
 from convservice_server.config import ServerConfig
-from convservice_server.faults import draining
+from convservice_server.faults import draining, warming
 from convservice_server.passage import Engine, Packing, Passage, log_refused, logged
 from convservice_server.store import Store
 from convservice_server.streams import TensorStream
@@ -46,6 +46,9 @@ class Service:
         config: the limits.
         registry: the backends; it stays the caller's to close.
         clock: tells the time.
+
+    Attributes:
+        warming: whether the backends are still being tried, and everything is refused until they are.
     """
 
     def __init__(self, config: ServerConfig, registry: Registry, clock: Clock = time.monotonic) -> None:
@@ -55,6 +58,7 @@ class Service:
         self.admission = Admission(config.memory_budget_bytes)
         self._engine = Engine(registry, self.store, self.admission, clock)
         self._draining = threading.Event()
+        self.warming = False
 
     @property
     def draining(self) -> bool:
@@ -168,6 +172,8 @@ class Service:
     def _check_open(self) -> None:
         if self.draining:
             raise draining()
+        if self.warming:
+            raise warming()
 
     def _inline(self, request: pb.ConvolveRequest, call: Call) -> str:
         limit = self._config.max_inline_weight_bytes

@@ -31,7 +31,8 @@ from convservice.wire.networks import inline_to_proto, reference_to_proto
 from convservice_backends.interface import Check, Description, SessionPlan
 from convservice_backends.registry import Registry
 from convservice_server.config import ServerConfig
-from convservice_server.server import SERVICE_NAME, Server
+from convservice_server.health import SERVICE_NAME
+from convservice_server.server import Server
 
 WAIT = 30.0
 """Seconds after which something that must happen is taken not to happen."""

@@ -22,7 +22,8 @@ from convservice.v1 import conv_pb2 as pb
 from convservice.v1 import conv_pb2_grpc
 from convservice_backends.registry import Registry
 from convservice_server.config import ServerConfig
-from convservice_server.server import BACKEND_SERVICE, SERVICE_NAME, Server
+from convservice_server.health import BACKEND_SERVICE, SERVICE_NAME
+from convservice_server.server import Server
 from tests.server.support import (
     WAIT,
     Double,

@@ -7,20 +7,25 @@ from typing import Any
 import pytest
 
 from convservice.errors import InvalidRequest, Reason
-from convservice_server.config import MIB, ServerConfig, machine_memory_bytes
+from convservice_server.config import MIB, ServerConfig
+from convservice_server.resources import limits
 
 
 def test_the_defaults_are_valid_and_leave_workers_for_unary_calls() -> None:
     config = ServerConfig()
     assert config.address == ("127.0.0.1", 50051)
     assert config.pool_size == config.max_streams + config.max_uploads + config.unary_workers
-    assert config.memory_budget_bytes + config.weights_budget_bytes < machine_memory_bytes()
+    assert config.memory_budget_bytes + config.weights_budget_bytes < limits().memory_bytes
     assert config.max_message_bytes == 4 * MIB
 
 
 def test_none_stands_for_the_default() -> None:
-    config = ServerConfig.of(listen=None, max_streams=None, idle_timeout=2)
-    assert (config.listen, config.max_streams, config.idle_timeout) == ("127.0.0.1:50051", 64, 2)
+    config = ServerConfig.of(listen=None, max_uploads=None, idle_timeout=2)
+    assert (config.listen, config.max_uploads, config.idle_timeout) == (
+        "127.0.0.1:50051",
+        ServerConfig().max_uploads,
+        2,
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from convservice.geometry import SampleShape
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
 from convservice_server.calls import Call
-from convservice_server.server import SERVICE_NAME
+from convservice_server.health import SERVICE_NAME
 from convservice_server.watchdog import Watchdog
 from tests.server.support import (
     WAIT,

@@ -19,7 +19,7 @@ import pytest
 
 from convservice.bands import TensorSpec
 from convservice.dtypes import FLOAT32
-from convservice.errors import Reason, ServiceUnavailable
+from convservice.errors import BackendUnavailable, Reason, ServiceUnavailable
 from convservice.geometry import SampleShape
 from convservice.layers import Conv
 from convservice.network import Network
@@ -49,7 +49,7 @@ MIB = 1 << 20
 SERVE = """
 import sys
 from convservice_server.config import ServerConfig
-from convservice_server.server import serve
+from convservice_server.process import serve
 settings = dict(zip(("listen", "backend"), sys.argv[1:]))
 sys.exit(serve(ServerConfig.of(**settings, log_format="json", drain_linger=10)))
 """
@@ -208,6 +208,7 @@ def test_a_backend_that_is_not_there_is_a_clear_error() -> None:
 
 def test_a_server_that_cannot_start_leaves_nothing() -> None:
     backend = Double()
+    backend.failure = "it was constructed"
     registry = Registry(factories={"double": lambda: backend})
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -215,6 +216,12 @@ def test_a_server_that_cannot_start_leaves_nothing() -> None:
         config = ServerConfig(listen=f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(ServiceUnavailable, match="is the port taken"), Server(config, registry):
             pass
+    assert not backend.closed, "the address is taken before any backend is constructed"
+    with (
+        pytest.raises(BackendUnavailable, match="it was constructed"),
+        Server(ServerConfig(listen="127.0.0.1:0"), registry),
+    ):
+        pass
     assert backend.closed
 
 

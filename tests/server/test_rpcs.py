@@ -22,7 +22,7 @@ from convservice.errors import (
     ServiceUnavailable,
 )
 from convservice.v1 import conv_pb2 as pb
-from convservice_server.server import SERVICE_NAME
+from convservice_server.health import SERVICE_NAME
 from tests.server.support import (
     WAIT,
     Requests,

@@ -7,7 +7,6 @@ threads would change last bits, and parallelism is different blocks on different
 from __future__ import annotations
 
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from convservice.errors import BackendUnavailable, InternalError, Reason
 from convservice.layers import Activation, Conv, Layer
 from convservice.network import Network
 from convservice.wire.enums import Precision
+from convservice_backends.cgroups import processors
 from convservice_backends.interface import Check, Description, Session, SessionPlan
 from convservice_backends.numpy.elementwise import ActivationOperator, NumpyArrays
 from convservice_backends.numpy.im2col import Im2colOperator
@@ -38,7 +38,8 @@ class NumpyBackend:
     """Convolution on the processor.
 
     Args:
-        workers: blocks computed at the same time by one session; the processors available where not given.
+        workers: blocks computed at the same time by one session; where not given, the processors that a
+            container's limits leave.
 
     Raises:
         BackendUnavailable: `threadpoolctl`, which the `server` extra brings, is not installed.
@@ -49,7 +50,7 @@ class NumpyBackend:
 
     def __init__(self, workers: int | None = None) -> None:
         self._blas = _single_threaded_blas()
-        self._workers = Workers(workers or len(os.sched_getaffinity(0)))
+        self._workers = Workers(workers or processors())
 
     def describe(self) -> Description:
         """The processor, the BLAS that NumPy calls, and the number of workers."""

@@ -10,9 +10,10 @@ from convservice.cli.command import Command
 from convservice.cli.outcome import Exit, missing_extra
 
 DESCRIPTION = """\
-Runs a server. Its first line on standard output is `listening on HOST:PORT`, written when it is ready;
-logs go to standard error. The first SIGTERM or SIGINT finishes what runs and refuses new work, a second
-one ends the server at once. BLAS is set to one thread: blocks run on workers of the backend instead.
+Runs a server. Its first line on standard output is `listening on HOST:PORT`, written when it is ready:
+every backend that can run here has then computed the worked example. Logs go to standard error. The first
+SIGTERM or SIGINT finishes what runs and refuses new work, a second one ends the server at once. BLAS is set
+to one thread: blocks run on workers of the backend instead.
 
 Every setting may also be given in the environment, as CONVSERVICE_MAX_STREAMS for --max-streams, and in a
 TOML file, as max_streams = 64. A flag goes before the environment, the environment before the file.
@@ -47,13 +48,20 @@ class Setting:
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     "what it serves": (
         Setting("listen", "HOST:PORT", "where to listen; port 0 picks a free one (default: 127.0.0.1:50051)"),
+        Setting(
+            "health_listen", "HOST:PORT", "answer health checks there too, in plaintext (default: nowhere)"
+        ),
         Setting("backend", "NAME", "what computes for requests that name none (default: auto)"),
     ),
     "limits; sizes take units, such as 512MiB or 2G": (
-        Setting("memory_budget", "SIZE", "for all running tensors together (default: half of the memory)"),
-        Setting("weights_budget", "SIZE", "for all weights together (default: a quarter of the memory)"),
-        Setting("max_streams", "N", "streams at the same time (default: 64)"),
-        Setting("max_uploads", "N", "uploads of weights at the same time (default: 8)"),
+        Setting(
+            "memory_budget",
+            "SIZE",
+            "for all running tensors together (default: half of what the process leaves)",
+        ),
+        Setting("weights_budget", "SIZE", "for all weights together (default: a quarter of it)"),
+        Setting("max_streams", "N", "streams at the same time (default: 64, fewer in a small container)"),
+        Setting("max_uploads", "N", "uploads of weights at the same time (default: 8, likewise)"),
         Setting("unary_workers", "N", "workers that streams never take (default: 2 per core, at least 8)"),
         Setting("max_message", "SIZE", "largest message taken or sent (default: 4MiB, as clients have it)"),
         Setting("max_unary", "SIZE", "largest input and outputs of a unary call together (default: 1MiB)"),
@@ -106,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         return Exit.OK
     one_blas_thread()  # before more is imported: it may start this very command over
     try:
-        from convservice_server.server import serve
+        from convservice_server.process import serve
     except ModuleNotFoundError as exc:
         raise missing_extra(exc.name or "of the server", "server") from exc
     return serve(settings.config, unknown_variables(os.environ))
