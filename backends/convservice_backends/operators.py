@@ -12,7 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from convservice.errors import BackendUnavailable, Reason
 from convservice.geometry import SampleShape
+from convservice.layers import Layer
+from convservice.network import Network
+from convservice.nodes import label
 from convservice_backends.interface import Check
 from convservice_backends.plan import BlockPlan
 
@@ -77,4 +81,19 @@ class Operator(Protocol[Lent_contra]):
         ...
 
 
-__all__ = ["Check", "Operator", "Run", "Task", "Workspace"]
+def require_layers(network: Network, known: tuple[type[Layer], ...], backend: str) -> None:
+    """Refuses a network with a layer that a backend has no operator for.
+
+    Raises:
+        BackendUnavailable: naming the layer by its position and type.
+    """
+    for position, node in enumerate(network.nodes):
+        if not isinstance(node.layer, known):
+            raise BackendUnavailable(
+                f"{label(position, node)}: backend {backend!r} has no {node.layer.type_name} layer",
+                reason=Reason.BACKEND_UNAVAILABLE,
+                metadata={"layer": node.layer.type_name, "node": node.id, "position": str(position)},
+            )
+
+
+__all__ = ["Check", "Operator", "Run", "Task", "Workspace", "require_layers"]

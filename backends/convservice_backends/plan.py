@@ -228,12 +228,12 @@ class _Planning:
             blocks = replace(blocks, rows=out.rows)
         window = node.layer.window(given)
         row_bytes = out.row_elements * out_dtype.itemsize
-        row_bytes += window.stride * given.row_elements * given_dtype.itemsize
+        row_bytes += (window.reach(2) - window.reach(1)) * given.row_elements * given_dtype.itemsize
         blocks_in_run = max(1, self.manner.run_bytes // (row_bytes * blocks.rows))
         if out.rows is not None:
             blocks_in_run = min(blocks_in_run, -(-out.rows // blocks.rows))
         run_rows = blocks_in_run * blocks.rows
-        capacity = (run_rows - 1) * window.stride + window.extent
+        capacity = window.reach(run_rows)
         if node.layer.row_mode is PaddingMode.REPLICATE:
             capacity += 1  # the edge, read again and again
         elif node.layer.row_mode is PaddingMode.REFLECT:

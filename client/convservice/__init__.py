@@ -38,8 +38,23 @@ from convservice.errors import (
 from convservice.files import load, save
 from convservice.geometry import SampleShape
 from convservice.info import BackendInfo, Limits, ServerInfo, Usage
-from convservice.layers import Activation, Conv, Layer, ReceptiveField
-from convservice.network import LayerPlan, Network, Node
+from convservice.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Layer,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+    ReceptiveField,
+)
+from convservice.network import LayerPlan, Network
+from convservice.nodes import Node, Residual
 from convservice.progress import Progress
 from convservice.registered import AsyncRegisteredNetwork, RegisteredNetwork
 from convservice.version import __version__
@@ -47,8 +62,10 @@ from convservice.wire.headers import TensorReport
 
 __all__ = [
     "Activation",
+    "Add",
     "AsyncConvClient",
     "AsyncRegisteredNetwork",
+    "AvgPool",
     "BackendInfo",
     "BackendUnavailable",
     "Band",
@@ -56,12 +73,19 @@ __all__ = [
     "Conv",
     "ConvClient",
     "ConvServiceError",
+    "ConvTranspose",
     "DeadlineExceeded",
+    "Flatten",
+    "GlobalAvgPool",
+    "GlobalMaxPool",
     "InternalError",
     "InvalidRequest",
     "Layer",
     "LayerPlan",
     "Limits",
+    "Linear",
+    "LocallyConnected",
+    "MaxPool",
     "Network",
     "NetworkNotFound",
     "Node",
@@ -70,6 +94,7 @@ __all__ = [
     "Reason",
     "ReceptiveField",
     "RegisteredNetwork",
+    "Residual",
     "ResourceExhausted",
     "SampleShape",
     "ServerInfo",

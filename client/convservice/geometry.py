@@ -40,20 +40,29 @@ class PaddingMode(StrEnum):
 class SampleShape:
     """The shape of one sample, always in the order (channels, rows, *rest).
 
+    A vector has channels alone, no spatial axes; it flows as one row of them: rows is 1, rest empty.
+
     Attributes:
         channels: number of channels.
         rows: size of the first spatial axis; None while a stream's height is not known.
         rest: sizes of the other spatial axes.
+        vector: whether it has no spatial axes.
     """
 
     channels: int
     rows: int | None
     rest: tuple[int, ...] = ()
+    vector: bool = False
+
+    @classmethod
+    def of_vector(cls, features: int) -> SampleShape:
+        """The shape of a vector of so many features."""
+        return cls(features, 1, (), vector=True)
 
     @property
     def rank(self) -> int:
         """Number of spatial axes."""
-        return 1 + len(self.rest)
+        return len(self.spatial)
 
     @property
     def row_elements(self) -> int:
@@ -78,14 +87,19 @@ class SampleShape:
     @property
     def spatial(self) -> tuple[int | None, ...]:
         """Sizes of all spatial axes."""
-        return (self.rows, *self.rest)
+        return () if self.vector else (self.rows, *self.rest)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, *spatial) as users see it; its rows must be known."""
+        return (self.channels,) if self.vector else (self.channels, self.height, *self.rest)
 
     def with_rows(self, rows: int | None) -> SampleShape:
-        """The same sample with another height."""
-        return SampleShape(self.channels, rows, self.rest)
+        """The same sample with another height; a vector stays what it is."""
+        return self if self.vector else SampleShape(self.channels, rows, self.rest)
 
     def __str__(self) -> str:
-        sizes = (self.channels, "?" if self.rows is None else self.rows, *self.rest)
+        sizes = (self.channels, *("?" if size is None else size for size in self.spatial))
         return "(" + ", ".join(str(size) for size in sizes) + ("," if len(sizes) == 1 else "") + ")"
 
 
@@ -99,6 +113,8 @@ class AxisWindow:
         dilation: step between neighbouring weights.
         before: padding before the first element.
         after: padding after the last.
+        ceil_mode: whether a last neuron may look beyond the padding, as in PyTorch's pooling; never one that
+            would begin beyond the last element.
     """
 
     kernel: int
@@ -106,6 +122,7 @@ class AxisWindow:
     dilation: int = 1
     before: int = 0
     after: int = 0
+    ceil_mode: bool = False
 
     @property
     def extent(self) -> int:
@@ -115,10 +132,18 @@ class AxisWindow:
     def output_size(self, size: int) -> int:
         """Neurons along the axis: floor((size + before + after - extent) / stride) + 1, at least 0.
 
-        The formula is PyTorch's `torch.nn.Conv2d`, section "Shape".
+        The formula is PyTorch's `torch.nn.Conv2d`, section "Shape"; with `ceil_mode` the quotient is rounded
+        up, without the last neuron where it would begin beyond the last element.
         """
         room = size + self.before + self.after - self.extent
-        return room // self.stride + 1 if room >= 0 else 0
+        if not self.ceil_mode:
+            return room // self.stride + 1 if room >= 0 else 0
+        count = max(0, -(-room // self.stride) + 1)
+        return count - 1 if count and (count - 1) * self.stride >= size + self.before else count
+
+    def reach(self, rows: int) -> int:
+        """Most positions, from the first to the last, that `rows` neighbouring neurons look at."""
+        return (rows - 1) * self.stride + self.extent
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """The half-open range of virtual positions that the neurons first <= i < last look at."""

@@ -9,41 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from convservice.delays import input_rows_needed, port_rows
 from convservice.dtypes import FLOAT32, DType, dtype_of
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import MAX_SIZE, SampleShape, first_row_kept
+from convservice.geometry import MAX_SIZE, SampleShape
 from convservice.layers import Layer, split_shape
+from convservice.nodes import (
+    INPUT,
+    MAX_NODES,
+    Node,
+    Residual,
+    check_wiring,
+    input_rank,
+    label,
+    nodes_of,
+)
 from convservice.tensors import Tensor
 
-INPUT = "input"
-"""The id under which nodes name the network's own input."""
-
-MAX_NODES = 512
 NAME_PREFIX = "networks/sha256-"
 
 _DOMAIN = b"convservice.network.v1\0"
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
-
-@dataclass(frozen=True)
-class Node:
-    """One layer of a network and where its input comes from.
-
-    Attributes:
-        id: unique in the network; letters, digits, `_`, `-`, `.`, at most 64.
-        layer: the operation.
-        inputs: ids of earlier nodes, or `"input"`.
-    """
-
-    id: str
-    layer: Layer
-    inputs: tuple[str, ...] = (INPUT,)
+__all__ = ["INPUT", "MAX_NODES", "LayerPlan", "Network", "Node", "Residual"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +44,14 @@ class LayerPlan:
 
     Attributes:
         node: its id.
-        input_shape: the sample it is given.
+        input_shape: the sample it is given; where it has several inputs they are alike.
         output_shape: the sample it puts out.
-        rows_held: most input rows it holds between two of its output rows: its halo.
+        rows_held: most input rows it holds between two of its output rows: its halo; where it has several
+            inputs, what their branches' different delays make it hold, over all inputs.
         bytes_held: the same in bytes.
-        delay_rows: rows of the network's input that must have come before its first output row leaves.
+        delay_rows: rows of the network's input that must have come before its first output row leaves; None
+            where that is all of them and the height is not known.
+        port_rows: most rows held of each input, in order.
     """
 
     node: str
@@ -64,14 +59,16 @@ class LayerPlan:
     output_shape: SampleShape
     rows_held: int
     bytes_held: int
-    delay_rows: int
+    delay_rows: int | None
+    port_rows: tuple[int, ...]
 
 
 class Network:
     """Layers wired as an acyclic graph.
 
     Args:
-        layers: a chain of layers, or nodes in topological order (each after all its inputs).
+        layers: a chain of layers and `Residual` blocks, or nodes in topological order (each after all its
+            inputs).
         outputs: output name to node id; without it the last node is the one output, `"output"`.
 
     Raises:
@@ -79,35 +76,13 @@ class Network:
     """
 
     def __init__(
-        self, layers: Sequence[Layer] | Sequence[Node], outputs: Mapping[str, str] | None = None
+        self,
+        layers: Sequence[Layer] | Sequence[Layer | Residual] | Sequence[Node],
+        outputs: Mapping[str, str] | None = None,
     ) -> None:
-        self.nodes: tuple[Node, ...] = _nodes(layers)
+        self.nodes: tuple[Node, ...] = nodes_of(layers)
         self.outputs: dict[str, str] = dict(outputs or {"output": self.nodes[-1].id if self.nodes else ""})
-        self._check()
-
-    def _check(self) -> None:
-        if not 1 <= len(self.nodes) <= MAX_NODES:
-            raise _bad(f"a network has 1 to {MAX_NODES} layers, not {len(self.nodes)}")
-        known = {INPUT}
-        for position, node in enumerate(self.nodes):
-            where = self._label(position)
-            if not _NAME.fullmatch(node.id):
-                raise _bad(f"{where}: an id is 1 to 64 letters, digits, '_', '-' or '.', not {node.id!r}")
-            if node.id in known:
-                raise _bad(f"{where}: the id {node.id!r} is taken; ids are unique and never 'input'")
-            for source in node.inputs:
-                if source not in known:
-                    raise _bad(f"{where}: its input {source!r} is no earlier node; nodes follow their inputs")
-            if len(node.inputs) != 1:
-                raise _bad(f"{where}: takes 1 input, not {len(node.inputs)}")
-            known.add(node.id)
-        if len(self.outputs) > MAX_NODES:
-            raise _bad(f"a network has 1 to {MAX_NODES} outputs, not {len(self.outputs)}")
-        for name, target in self.outputs.items():
-            if not _NAME.fullmatch(name):
-                raise _bad(f"an output's name is 1 to 64 letters, digits, '_', '-' or '.', not {name!r}")
-            if target not in known or target == INPUT:
-                raise _bad(f"output {name!r} names {target!r}, which is no node of the network")
+        check_wiring(self.nodes, self.outputs)
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
@@ -120,10 +95,6 @@ class Network:
                 metadata={"data_types": names},
             )
 
-    def _label(self, position: int) -> str:
-        node = self.nodes[position]
-        return f"layer {position} ({node.layer.type_name}, id {node.id!r})"
-
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """The weight tensors of all layers, each once, in the order of first use."""
@@ -134,13 +105,9 @@ class Network:
         return tuple(found.values())
 
     @cached_property
-    def _by_id(self) -> dict[str, Node]:
-        return {node.id: node for node in self.nodes}
-
-    @cached_property
     def rank(self) -> int | None:
-        """Number of spatial axes of its data; None where no layer fixes it."""
-        return next((node.layer.rank for node in self.nodes if node.layer.rank is not None), None)
+        """Number of spatial axes of its input, 0 for vectors; None where no layer fixes it."""
+        return input_rank(self.nodes)
 
     @property
     def parameter_count(self) -> int:
@@ -176,12 +143,15 @@ class Network:
         found = {INPUT: sample}
         for position, node in enumerate(self.nodes):
             try:
-                found[node.id] = node.layer.output_sample(found[node.inputs[0]])
+                found[node.id] = node.layer.joined_sample([found[source] for source in node.inputs])
             except InvalidRequest as exc:
                 if len(self.nodes) == 1:
                     raise
+                where = label(position, node)
+                if len(node.inputs) > 1:
+                    where += f" of {', '.join(map(repr, node.inputs))}"
                 raise InvalidRequest(
-                    f"{self._label(position)}: {exc.message}",
+                    f"{where}: {exc.message}",
                     reason=exc.reason,
                     metadata={**exc.metadata, "node": node.id, "position": str(position)},
                     field=exc.field,
@@ -195,10 +165,7 @@ class Network:
         """
         batch, sample = split_shape(input_shape, self.rank)
         shapes = self.shapes(sample)
-        found: dict[str, tuple[int, ...]] = {}
-        for name, target in self.outputs.items():
-            shape = shapes[target]
-            found[name] = (*batch, shape.channels, shape.height, *shape.rest)
+        found = {name: (*batch, *shapes[target].shape) for name, target in self.outputs.items()}
         return found if len(found) > 1 else next(iter(found.values()))
 
     def plan(self, input_shape: Sequence[int | None], dtype: Any = "float32") -> tuple[LayerPlan, ...]:
@@ -219,21 +186,18 @@ class Network:
             known = split_shape([size for size in input_shape if size is not None], self.rank)[1]
         given = dtype_of(dtype)
         shapes, own = self.shapes(known), self.dtype(given)
+        branches = port_rows(self.nodes, shapes)
         plans: list[LayerPlan] = []
         for node in self.nodes:
-            source = node.inputs[0]
-            held = rows_held(node.layer, shapes[source])
-            itemsize = (given if source == INPUT else own).itemsize
-            plans.append(
-                LayerPlan(
-                    node.id,
-                    shapes[source],
-                    shapes[node.id],
-                    held,
-                    held * shapes[source].row_elements * itemsize,
-                    self.input_rows_needed(node.id, 1, shapes),
-                )
+            sources = [shapes[source] for source in node.inputs]
+            ports = branches.get(node.id) or (node.layer.rows_held(sources[0]),)
+            held = sum(
+                rows * shapes[source].row_elements * (given if source == INPUT else own).itemsize
+                for source, rows in zip(node.inputs, ports, strict=True)
             )
+            needed = self.input_rows_needed(node.id, 1, shapes)
+            delay = None if known.rows is None and needed >= MAX_SIZE else needed
+            plans.append(LayerPlan(node.id, sources[0], shapes[node.id], sum(ports), held, delay, ports))
         return tuple(plans)
 
     def input_rows_needed(
@@ -250,17 +214,11 @@ class Network:
             rows: output rows asked for.
             shapes: what `shapes` handed back.
             blocks: rows that each node computes together, aligned to multiples; 1 where not named.
+
+        Returns:
+            The rows; `MAX_SIZE` where all are needed and the height is not known.
         """
-        while node_id != INPUT:
-            node = self._by_id[node_id]
-            step = (blocks or {}).get(node_id, 1)
-            rows = -(-rows // step) * step
-            height = shapes[node_id].rows
-            if height is not None:
-                rows = min(rows, height)
-            node_id = node.inputs[0]
-            rows = node.layer.real_rows(0, rows, shapes[node_id])[1] if rows else 0
-        return rows
+        return input_rows_needed(self.nodes, node_id, rows, shapes, blocks)
 
     def canonical(self) -> bytes:
         """The canonical form that the contract specifies at `Network`: compact JSON with sorted keys."""
@@ -285,36 +243,3 @@ class Network:
 
     def __repr__(self) -> str:
         return f"Network([{', '.join(repr(node.layer) for node in self.nodes)}])"
-
-
-def rows_held(layer: Layer, sample: SampleShape) -> int:
-    """Most input rows that a layer holds between two of its output rows, whatever the height."""
-    window, height = layer.window(sample), sample.rows
-    extent, after = window.extent, window.after
-    # What is held is linear in the row between the places where a window's first position passes these.
-    turns = [0, -extent, 1 - extent, (1 - extent) // 2, 1 + after - extent, -after]
-    if height is not None:
-        turns += [height - extent, height, height - 1, height - 1 - after, 1 - height]
-    last = MAX_SIZE if height is None else window.output_size(height) - 1
-    near = {(turn + window.before) // window.stride + offset for turn in turns for offset in range(-1, 3)}
-    held = 1
-    for row in {0, last, *(row for row in near if 0 <= row <= last)}:
-        start, _ = window.span(row, row + 1)
-        seen = layer.real_rows(row, row + 1, sample)[1]
-        held = max(held, seen - first_row_kept(start, after, seen, height, layer.row_mode))
-    return held
-
-
-def _nodes(layers: Sequence[Layer] | Sequence[Node]) -> tuple[Node, ...]:
-    if all(isinstance(item, Node) for item in layers):
-        return tuple(item for item in layers if isinstance(item, Node))
-    nodes: list[Node] = []
-    for position, item in enumerate(layers):
-        if not isinstance(item, Layer):
-            raise _bad(f"layer {position} is a {type(item).__name__}; a chain is made of layers alone")
-        nodes.append(Node(f"layer{position}", item, (nodes[-1].id if nodes else INPUT,)))
-    return tuple(nodes)
-
-
-def _bad(message: str) -> InvalidRequest:
-    return InvalidRequest(message, reason=Reason.INVALID_NETWORK)

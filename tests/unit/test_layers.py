@@ -9,7 +9,23 @@ from hypothesis import assume, given
 
 from convservice.errors import InvalidRequest
 from convservice.geometry import SampleShape, real_position
-from convservice.layers import FUNCTIONS, Activation, Conv, activation_of, split_shape
+from convservice.layers import (
+    FUNCTIONS,
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Layer,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+    activation_of,
+    split_shape,
+)
 from tests.helpers import EXAMPLE_INPUT, EXAMPLE_WEIGHT
 from tests.strategies import Case, cases, fits
 
@@ -223,3 +239,38 @@ def test_a_shape_is_split_by_its_rank() -> None:
     assert split_shape((3, 4), 1) == ((), SampleShape(3, 4))
     assert split_shape((0, 3, 4), 1) == ((0,), SampleShape(3, 4))
     assert split_shape((3, 4, 5), 2) == ((), SampleShape(3, 4, (5,)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "wanted"),
+    [
+        (MaxPool(3, stride=2), (2, 5, 7, 7), (2, 5, 3, 3)),
+        (MaxPool(2, ceil_mode=True), (4, 5, 7, 9), (4, 5, 4, 5)),
+        (MaxPool((2, 3), padding="same", stride=1, dilation=2), (1, 7, 9), (1, 7, 9)),
+        (MaxPool(2), (4, 5, 8), (4, 5, 4)),
+        (AvgPool(3, padding=1), (2, 1, 7, 7, 7), (2, 1, 3, 3, 3)),
+        (AvgPool((3,), padding=((0, 2),), count_include_pad=False), (6, 10), (6, 4)),
+        (GlobalAvgPool(), (2, 3, 4, 5), (2, 3, 1, 1)),
+        (GlobalMaxPool(), (2, 3, 4), (2, 3, 1)),
+        (LocallyConnected(np.ones((4, 1, 5, 6, 3, 2), np.float32), groups=2), (2, 7, 7), (4, 5, 6)),
+        (LocallyConnected(np.ones((4, 2, 4, 3), np.float32), padding="same", stride=2), (2, 8), (4, 4)),
+        (
+            ConvTranspose(np.ones((2, 3, 3, 3), np.float32), stride=2, output_padding=1),
+            (2, 4, 5),
+            (3, 10, 12),
+        ),
+        (ConvTranspose(np.ones((4, 1, 2), np.float32), groups=2, padding=((1, 0),)), (7, 4, 6), (7, 2, 6)),
+        (Flatten(), (9, 2, 3, 4), (9, 24)),
+        (Flatten(), (9, 24), (9, 24)),
+        (Linear(np.ones((10, 24), np.float32)), (9, 24), (9, 10)),
+        (Linear(np.ones((10, 24), np.float32)), (24,), (10,)),
+        (Add("relu"), (9, 2, 3, 4), (9, 2, 3, 4)),
+        (Activation("relu"), (9, 24), (9, 24)),
+    ],
+)
+def test_every_layer_knows_the_shape_of_its_output(layer: Layer, given: Any, wanted: Any) -> None:
+    assert layer.output_shape(given) == wanted
+    sample = layer.output_sample(split_shape(given, layer.rank)[1])
+    assert layer.neuron_count(given) == sample.elements == math.prod(sample.shape)
+    assert type(layer).__name__ == layer.type_name
+    assert repr(layer).startswith(layer.type_name)

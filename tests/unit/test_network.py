@@ -13,7 +13,7 @@ from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, dtype_of
 from convservice.errors import InvalidRequest
 from convservice.geometry import SampleShape, first_row_kept, real_position
 from convservice.layers import Activation, Conv
-from convservice.network import INPUT, MAX_NODES, Network, Node, rows_held
+from convservice.network import INPUT, MAX_NODES, Network, Node
 from tests.helpers import chain, trunk_with_two_heads
 from tests.strategies import Case, cases, fits
 
@@ -229,7 +229,7 @@ def test_the_rows_held_are_enough_and_not_much_more(case: Case) -> None:
     assume(fits(case))
     layer = case.layer
     sample = SampleShape(case.x.shape[1], case.x.shape[2], tuple(case.x.shape[3:]))
-    held, window = rows_held(layer, sample), layer.window(sample)
+    held, window = layer.rows_held(sample), layer.window(sample)
     assert held == held_by_scanning(layer, sample)
     needed = held_by_simulation(layer, sample)
     assert needed <= held <= max(1, min(sample.height, needed + window.extent + window.before + window.after))
@@ -248,7 +248,7 @@ WINDOWS = st.fixed_dictionaries(
 @given(st.integers(1, 5), WINDOWS)
 def test_the_rows_held_do_not_grow_with_the_height(kernel: int, options: dict[str, Any]) -> None:
     layer = Conv(np.ones((1, 1, kernel), np.float32), **options)
-    short, tall, unknown = (rows_held(layer, SampleShape(1, height)) for height in (60, 16 * 60, None))
+    short, tall, unknown = (layer.rows_held(SampleShape(1, height)) for height in (60, 16 * 60, None))
     assert short == tall <= unknown + options["padding"][0][1]
 
 
@@ -324,5 +324,5 @@ def test_the_longest_chain_and_the_widest_padding_are_planned_at_once() -> None:
     deep = Network([Activation("relu")] * MAX_NODES)
     assert deep.plan((1, 100, 100))[-1].delay_rows == 1
     wide = Conv(np.ones((1, 1, 3), np.float32), padding=2**30)
-    assert rows_held(wide, SampleShape(1, 10)) == 3
-    assert rows_held(wide, SampleShape(1, None)) == 3
+    assert wide.rows_held(SampleShape(1, 10)) == 3
+    assert wide.rows_held(SampleShape(1, None)) == 3

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 from convservice.errors import BackendUnavailable, ConvServiceError, Reason
+from convservice.layers import Activation, Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.device import Device
@@ -21,6 +22,7 @@ from convservice_backends.cuda.lanes import Streams
 from convservice_backends.cuda.memory import DeviceMemory
 from convservice_backends.cuda.network import CudaNetwork
 from convservice_backends.interface import Description
+from convservice_backends.operators import require_layers
 from convservice_backends.plan import Manner
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,12 @@ class CudaBackend:
         return Description(self._contexts[0].device.info.name, self._versions, len(self._contexts))
 
     def prepare(self, network: Network, precision: Precision) -> CudaNetwork:
-        """Puts a network's algorithms in place; its weights follow when a session is first opened."""
+        """Puts a network's algorithms in place; its weights follow when a session is first opened.
+
+        Raises:
+            BackendUnavailable: a layer that this backend has no operator for.
+        """
+        require_layers(network, (Conv, Activation), self.name)
         return CudaNetwork(network, precision, self._contexts, self._manner, self._algorithm)
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from convservice_backends.interface import Check, Description, Session, SessionP
 from convservice_backends.numpy.elementwise import ActivationOperator, NumpyArrays
 from convservice_backends.numpy.im2col import Im2colOperator
 from convservice_backends.numpy.workers import SessionWorkspace, Workers
+from convservice_backends.operators import require_layers
 from convservice_backends.plan import Manner, NetworkPlan, plan_session
 from convservice_backends.plan_cache import PlanCache
 from convservice_backends.session import open_session
@@ -58,7 +59,12 @@ class NumpyBackend:
         return Description(_processor(), versions, self._workers.count)
 
     def prepare(self, network: Network, precision: Precision) -> NumpyNetwork:
-        """Chooses an operator for each layer; every algorithm here is of `precision` high."""
+        """Chooses an operator for each layer; every algorithm here is of `precision` high.
+
+        Raises:
+            BackendUnavailable: a layer that this backend has no operator for.
+        """
+        require_layers(network, (Conv, Activation), self.name)
         return NumpyNetwork(network, self._workers)
 
     def close(self) -> None:

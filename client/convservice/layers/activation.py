@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import AxisWindow, PaddingMode, SampleShape
-from convservice.layers.base import Layer, ReceptiveField, checked_index, split_shape
+from convservice.geometry import AxisWindow, SampleShape
+from convservice.layers.base import Layer, ReceptiveField, elementwise_field
 
 FUNCTIONS = ("linear", "relu", "leaky_relu", "sigmoid", "tanh", "gelu", "silu")
 """The activation functions, in the order of their numbers on the wire (from 1)."""
@@ -66,10 +66,7 @@ class Activation(Layer):
 
     def receptive_field(self, index: int | Sequence[int], input_shape: Sequence[int]) -> ReceptiveField:
         """The one position at `index`."""
-        sample = split_shape(input_shape, None)[1]
-        sizes = (sample.height, *sample.rest)
-        at = checked_index(index, sizes)
-        return ReceptiveField(tuple(range(i, i + 1) for i in at), sizes, PaddingMode.ZEROS)
+        return elementwise_field(index, input_shape)
 
     def canonical(self) -> dict[str, Any]:
         """`{"type": "activation", "activation": ...}`."""

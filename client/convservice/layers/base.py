@@ -24,6 +24,7 @@ from convservice.geometry import (
     per_axis,
     real_span,
 )
+from convservice.layers.windows import RowWindow, rows_held
 from convservice.tensors import Tensor
 
 
@@ -33,31 +34,50 @@ class ReceptiveField:
 
     Attributes:
         axes: per spatial axis the virtual positions, one per weight; those below 0 or at the input's size
-            and beyond lie in the padding.
-        sizes: the input's spatial sizes.
+            and beyond lie in the padding. A transposed convolution's may be empty.
+        sizes: the input's spatial sizes; none where the input is a vector.
         mode: what positions in the padding read.
+        channels: the input channels looked at, where a layer takes single ones; None for all of the neuron's
+            group.
     """
 
     axes: tuple[range, ...]
     sizes: tuple[int, ...]
     mode: PaddingMode
+    channels: range | None = None
 
     @property
     def inside(self) -> tuple[tuple[int, int], ...]:
         """Per axis the half-open range of real positions from the first to the last looked at."""
         spans = zip(self.axes, self.sizes, strict=True)
-        return tuple(real_span(axis[0], axis[-1] + 1, size, self.mode) for axis, size in spans)
+        return tuple(
+            real_span(axis[0], axis[-1] + 1, size, self.mode) if axis else (0, 0) for axis, size in spans
+        )
 
 
 class Layer(ABC):
-    """A declared operation. Subclasses: `Conv`, `Activation`."""
+    """A declared operation.
+
+    A *windowed* layer needs a few rows of its input for a row of output; a *reducing* one needs them all.
+    """
 
     type_name: ClassVar[str]
+
+    fewest_inputs: ClassVar[int] = 1
+    """Feature maps that it takes at least."""
+
+    most_inputs: ClassVar[int | None] = 1
+    """Feature maps that it takes at most; None for no limit."""
 
     @property
     @abstractmethod
     def rank(self) -> int | None:
-        """Number of spatial axes of its data; None where any will do."""
+        """Number of spatial axes of its data, 0 for vectors; None where any will do."""
+
+    @property
+    def reducing(self) -> bool:
+        """Whether a neuron needs every row of the input."""
+        return False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -77,8 +97,16 @@ class Layer(ABC):
             InvalidRequest: the sample does not fit the layer, or the output would be empty.
         """
 
+    def joined_sample(self, samples: Sequence[SampleShape]) -> SampleShape:
+        """The shape of a sample's feature maps where the layer is given one sample per input.
+
+        Raises:
+            InvalidRequest: likewise, or the samples do not fit one another.
+        """
+        return self.output_sample(samples[0])
+
     @abstractmethod
-    def window(self, sample: SampleShape) -> AxisWindow:
+    def window(self, sample: SampleShape) -> RowWindow:
         """How its neurons look at rows: the window along the first spatial axis."""
 
     @property
@@ -107,11 +135,14 @@ class Layer(ABC):
         start, stop = self.input_rows(first, last, sample)
         return real_span(start, stop, sample.rows, self.row_mode)
 
+    def rows_held(self, sample: SampleShape) -> int:
+        """Most input rows that it holds between two of its output rows, whatever the height."""
+        return rows_held(self.window(sample), sample.rows, self.row_mode)
+
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the feature map for an input (N, C, *spatial) or (C, *spatial)."""
         batch, sample = split_shape(input_shape, self.rank)
-        out = self.output_sample(sample)
-        return (*batch, out.channels, out.height, *out.rest)
+        return (*batch, *self.output_sample(sample).shape)
 
     def neuron_count(self, input_shape: Sequence[int]) -> int:
         """Number of neurons for one sample: output channels times output positions."""
@@ -121,17 +152,17 @@ class Layer(ABC):
 def split_shape(shape: Sequence[int], rank: int | None) -> tuple[tuple[int, ...], SampleShape]:
     """A user's shape (N, C, *spatial) or (C, *spatial) as its batch part, () or (N,), and its sample.
 
-    With `rank` None a shape of three sizes or more is taken as (N, C, *spatial).
+    With `rank` 0 it is that of vectors, (N, F) or (F,). With `rank` None a shape of two sizes or more is
+    taken as (N, C, *spatial).
 
     Raises:
         InvalidRequest: `INVALID_SHAPE` for a wrong number of axes, a size that is not an integer, or a
             channel or spatial size below 1.
     """
     sizes = [integer("shape", size, 0) for size in shape]
-    if rank is None:
-        rank = len(sizes) - 2
-    if not 1 <= rank <= MAX_RANK or len(sizes) not in (rank + 1, rank + 2):
-        axes = "1 to 3" if not 1 <= rank <= MAX_RANK else str(rank)
+    given, rank = rank, len(sizes) - 2 if rank is None else rank
+    if not 0 <= rank <= MAX_RANK or len(sizes) not in (rank + 1, rank + 2):
+        axes = f"0 to {MAX_RANK}" if given is None else str(rank)
         raise InvalidRequest(
             f"the input has {len(sizes)} axes, {tuple(sizes)}; it must be (N, C, *spatial) or (C, *spatial)"
             f" with {axes} spatial axes",
@@ -140,15 +171,17 @@ def split_shape(shape: Sequence[int], rank: int | None) -> tuple[tuple[int, ...]
             field="shape",
         )
     cut = len(sizes) - rank - 1
-    channels, rows, *rest = sizes[cut:]
-    if min(channels, rows, *rest) < 1:
+    batch, (channels, *spatial) = tuple(sizes[:cut]), sizes[cut:]
+    if min(channels, *spatial, 1) < 1:
         raise InvalidRequest(
             f"channels and spatial sizes must be at least 1, the input has {tuple(sizes)}",
             reason=Reason.INVALID_SHAPE,
             metadata={"shape": str(tuple(sizes))},
             field="shape",
         )
-    return tuple(sizes[:cut]), SampleShape(channels, rows, tuple(rest))
+    if not spatial:
+        return batch, SampleShape.of_vector(channels)
+    return batch, SampleShape(channels, spatial[0], tuple(spatial[1:]))
 
 
 def checked_index(index: int | Sequence[int], sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,3 +199,34 @@ def checked_index(index: int | Sequence[int], sizes: tuple[int, ...]) -> tuple[i
             field="index",
         )
     return given
+
+
+def windowed_field(
+    windows: Sequence[RowWindow],
+    index: int | Sequence[int],
+    sample: SampleShape,
+    out: SampleShape,
+    mode: PaddingMode = PaddingMode.ZEROS,
+) -> ReceptiveField:
+    """The receptive field of a neuron that looks through `windows`, one per spatial axis.
+
+    Args:
+        windows: along each spatial axis.
+        index: the neuron's position in the feature map.
+        sample: the input.
+        out: the feature map.
+        mode: what the padding reads.
+    """
+    at = checked_index(index, out.shape[1:])
+    axes = tuple(window.positions(i) for window, i in zip(windows, at, strict=True))
+    return ReceptiveField(axes, sample.shape[1:], mode)
+
+
+def elementwise_field(index: int | Sequence[int], input_shape: Sequence[int]) -> ReceptiveField:
+    """The receptive field of a neuron that looks at its own place alone; in a vector, at its own number."""
+    sample = split_shape(input_shape, None)[1]
+    if sample.vector:
+        (at,) = checked_index(index, (sample.channels,))
+        return ReceptiveField((), (), PaddingMode.ZEROS, range(at, at + 1))
+    window = AxisWindow(kernel=1)
+    return windowed_field((window,) * sample.rank, index, sample, sample)

@@ -15,14 +15,15 @@ from convservice.geometry import (
     Pads,
     Same,
     SampleShape,
-    check_padding,
     integer,
     padding_of,
     per_axis,
     same_padding,
 )
 from convservice.layers.activation import Activation, activation_of
-from convservice.layers.base import Layer, ReceptiveField, checked_index, split_shape
+from convservice.layers.base import Layer, ReceptiveField, split_shape, windowed_field
+from convservice.layers.weights import check_channels, check_groups, check_rank, check_thresholds, digest_of
+from convservice.layers.windows import output_sizes, sample_of
 from convservice.tensors import Tensor
 
 
@@ -78,38 +79,8 @@ class Conv(Layer):
         self.groups = integer("groups", groups, 1)
         self.padding_mode = _padding_mode(padding_mode)
         self.activation = activation_of(activation)
-        self._check_thresholds()
-        self._check_groups()
-
-    def _check_thresholds(self) -> None:
-        bias, filters = self.thresholds, self.filters
-        if bias is None:
-            return
-        if bias.shape != (self.out_channels,):
-            raise InvalidRequest(
-                f"bias must have shape ({self.out_channels},), one threshold a filter, not {bias.shape}",
-                reason=Reason.INVALID_SHAPE,
-                metadata={"shape": str(bias.shape), "out_channels": str(self.out_channels)},
-                field="bias",
-            )
-        if bias.dtype != filters.dtype:
-            raise InvalidRequest(
-                f"bias must have the weight's dtype {filters.dtype}, not {bias.dtype}; convert it first, for"
-                f" example bias.astype('{filters.dtype}')",
-                reason=Reason.DATA_TYPE_MISMATCH,
-                metadata={"bias": bias.dtype.name, "weight": filters.dtype.name},
-                field="bias",
-            )
-
-    def _check_groups(self) -> None:
-        if self.out_channels % self.groups:
-            raise InvalidRequest(
-                f"out_channels must be divisible by groups: weight has {self.out_channels} filters,"
-                f" groups is {self.groups}",
-                reason=Reason.CHANNEL_MISMATCH,
-                metadata={"out_channels": str(self.out_channels), "groups": str(self.groups)},
-                field="groups",
-            )
+        check_thresholds(self.thresholds, self.filters, [(self.out_channels,)])
+        check_groups("out_channels", self.out_channels, self.groups)
 
     @property
     def weight(self) -> NDArray[Any]:
@@ -169,47 +140,11 @@ class Conv(Layer):
 
     def output_sample(self, sample: SampleShape) -> SampleShape:
         """(out_channels, *output sizes); see `AxisWindow.output_size`."""
-        self._check_sample(sample)
-        sizes: list[int | None] = []
-        for axis, (window, size) in enumerate(zip(self.windows(sample), sample.spatial, strict=True)):
-            if size is None:
-                sizes.append(None)
-                continue
-            where = f"spatial axis {axis}"
-            out = window.output_size(size)
-            if out < 1:
-                padded = size + window.before + window.after
-                raise InvalidRequest(
-                    f"the output would be empty: {where} has size {size}, {padded} with padding, and the"
-                    f" filter spans {window.extent} (kernel {window.kernel}, dilation {window.dilation})",
-                    reason=Reason.OUTPUT_EMPTY,
-                    metadata={"axis": str(axis), "size": str(padded), "extent": str(window.extent)},
-                    field="sample_shape",
-                )
-            check_padding(window.before, window.after, size, self.padding_mode, where)
-            sizes.append(out)
-        return SampleShape(self.out_channels, sizes[0], tuple(size for size in sizes[1:] if size is not None))
-
-    def _check_sample(self, sample: SampleShape) -> None:
-        if sample.rank != self.rank:
-            raise InvalidRequest(
-                f"the filter bank has {self.rank} spatial axes, the input has {sample.rank}: {sample}",
-                reason=Reason.INVALID_SHAPE,
-                metadata={"rank": str(self.rank), "shape": str(sample)},
-                field="sample_shape",
-            )
-        if sample.channels != self.in_channels:
-            raise InvalidRequest(
-                f"weight has {self.filters.shape[1]} input channels per group, the input has"
-                f" {sample.channels} channels in {self.groups} group{'s' if self.groups > 1 else ''}",
-                reason=Reason.CHANNEL_MISMATCH,
-                metadata={
-                    "channels": str(sample.channels),
-                    "expected": str(self.in_channels),
-                    "groups": str(self.groups),
-                },
-                field="sample_shape",
-            )
+        check_rank("the filter bank", self.rank, sample)
+        check_channels(sample, self.filters.shape[1], self.groups)
+        return sample_of(
+            self.out_channels, output_sizes(self.windows(sample), sample, "the filter", self.padding_mode)
+        )
 
     def receptive_field(self, index: int | Sequence[int], input_shape: Sequence[int]) -> ReceptiveField:
         """The input positions that the neuron at spatial position `index` looks at, in every channel.
@@ -223,17 +158,15 @@ class Conv(Layer):
         """
         sample = split_shape(input_shape, self.rank)[1]
         out = self.output_sample(sample)
-        at = checked_index(index, (out.height, *out.rest))
-        axes = tuple(window.positions(i) for window, i in zip(self.windows(sample), at, strict=True))
-        return ReceptiveField(axes, (sample.height, *sample.rest), self.padding_mode)
+        return windowed_field(self.windows(sample), index, sample, out, self.padding_mode)
 
     def canonical(self) -> dict[str, Any]:
         """The contract's canonical form, with the digests of the weights."""
         padding = self.padding if self.padding == "same" else [list(pair) for pair in self.padding]
         return {
             "type": "conv",
-            "weight": self.filters.digest.hex(),
-            "bias": None if self.thresholds is None else self.thresholds.digest.hex(),
+            "weight": digest_of(self.filters),
+            "bias": digest_of(self.thresholds),
             "stride": list(self.stride),
             "dilation": list(self.dilation),
             "padding": padding,
