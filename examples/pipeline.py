@@ -3,7 +3,7 @@
 `map` sends the next images while the first are still being computed, keeps their order, and bounds what is
 on its way, so that the folder may hold more than fits into memory. The images may differ in size.
 
-    python examples/pipeline.py localhost:50051 photographs/
+    python examples/pipeline.py localhost:50051 photographs/ --output edges/
 """
 
 from __future__ import annotations
@@ -41,13 +41,19 @@ def images(paths: list[Path]) -> Iterator[NDArray[np.uint8]]:
             yield np.asarray(image.convert("RGB"))
 
 
+def drawn(feature_maps: NDArray[np.float32]) -> Image.Image:
+    """How strong the strongest edge is at each place, white on black."""
+    return Image.fromarray(np.minimum(feature_maps.max(axis=-1), 255).astype(np.uint8))
+
+
 def main() -> None:
-    """Prints for every image which direction its edges mostly have."""
+    """Prints for every image which direction its edges mostly have, and draws them if told where."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", help="HOST:PORT of a server")
     parser.add_argument("folder", type=Path, help="with .jpg or .png images")
+    parser.add_argument("--output", type=Path, help="a folder for an image of the edges of each")
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.folder.iterdir() if path.suffix.lower() in {".jpg", ".png"})
 
@@ -57,7 +63,9 @@ def main() -> None:
         for path, feature_maps in zip(paths, results, strict=True):
             right, left, down, up = feature_maps.mean(axis=(0, 1))
             mostly = "vertical" if right + left > down + up else "horizontal"
-            print(f"{path.name}: {feature_maps.shape}, edges mostly {mostly}")
+            print(f"{path.name}: {feature_maps.shape}, edges mostly {mostly}", flush=True)
+            if arguments.output is not None:
+                drawn(feature_maps).save(arguments.output / f"{path.stem}.png")
 
 
 if __name__ == "__main__":

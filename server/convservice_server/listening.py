@@ -6,6 +6,7 @@ import socket
 
 import grpc
 
+from convservice.bands import PAYLOAD_BYTES
 from convservice.errors import Reason, ServiceUnavailable
 from convservice_server.config import split_address
 
@@ -16,6 +17,10 @@ def transport_options(message_bytes: int) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.so_reuseport", 0),  # so that a port which is taken is an error, not shared
+        # A stream's window: one message on its way. gRPC would widen it with its estimate of the connection,
+        # to tens of megabytes where the server is the slower side, and no limit of memory knows of those.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", PAYLOAD_BYTES),
         # A peer that is gone without a word is noticed within a minute and its calls are ended.
         ("grpc.keepalive_time_ms", 40_000),
         ("grpc.keepalive_timeout_ms", 20_000),

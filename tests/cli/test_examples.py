@@ -34,9 +34,16 @@ def test_the_pipeline(target: str, tmp_path: Path) -> None:
     stripes[:, ::8] = 255
     Image.fromarray(stripes).save(tmp_path / "fence.png")
     Image.fromarray(stripes.swapaxes(0, 1)).save(tmp_path / "shelves.png")
-    printed = run(tmp_path, ROOT / "examples" / "pipeline.py", target, tmp_path)
+    drawn = tmp_path / "edges"
+    drawn.mkdir()
+    printed = run(tmp_path, ROOT / "examples" / "pipeline.py", target, tmp_path, "--output", drawn)
     assert "fence.png: (40, 60, 4), edges mostly vertical" in printed
     assert "shelves.png: (60, 40, 4), edges mostly horizontal" in printed
+    with Image.open(drawn / "fence.png") as image:
+        edges = np.asarray(image)
+    assert edges.shape == (40, 60)
+    assert (edges[0] == edges).all(), "the fence's edges are the same in every row"
+    assert edges.max() > 128 > edges.min()
 
 
 def test_the_stream(target: str, tmp_path: Path) -> None:
