@@ -35,6 +35,7 @@ from convservice.errors import (
     ServiceUnavailable,
     Unauthenticated,
 )
+from convservice.fields import NetworkField
 from convservice.files import load, save
 from convservice.geometry import SampleShape
 from convservice.info import BackendInfo, Limits, ServerInfo, Usage
@@ -57,6 +58,7 @@ from convservice.network import LayerPlan, Network
 from convservice.nodes import Node, Residual
 from convservice.progress import Progress
 from convservice.registered import AsyncRegisteredNetwork, RegisteredNetwork
+from convservice.summary import Summary
 from convservice.version import __version__
 from convservice.wire.headers import TensorReport
 
@@ -87,6 +89,7 @@ __all__ = [
     "LocallyConnected",
     "MaxPool",
     "Network",
+    "NetworkField",
     "NetworkNotFound",
     "Node",
     "PermissionDenied",
@@ -99,6 +102,7 @@ __all__ = [
     "SampleShape",
     "ServerInfo",
     "ServiceUnavailable",
+    "Summary",
     "TensorReport",
     "Unauthenticated",
     "Usage",

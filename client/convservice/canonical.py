@@ -12,8 +12,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from convservice.errors import InvalidRequest, Reason
-from convservice.layers import Activation, Conv, Layer
-from convservice.network import Network, Node
+from convservice.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Layer,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+)
+from convservice.network import Network
+from convservice.nodes import Node
 from convservice.tensors import Tensor
 
 Resolve = Callable[[str], Tensor]
@@ -25,7 +39,19 @@ def _itself(*, activation: Activation) -> Activation:
     return activation
 
 
-LAYERS: dict[str, Callable[..., Layer]] = {"activation": _itself, "conv": Conv}
+LAYERS: dict[str, Callable[..., Layer]] = {
+    "activation": _itself,
+    "add": Add,
+    "avg_pool": AvgPool,
+    "conv": Conv,
+    "conv_transpose": ConvTranspose,
+    "flatten": Flatten,
+    "global_avg_pool": GlobalAvgPool,
+    "global_max_pool": GlobalMaxPool,
+    "linear": Linear,
+    "locally_connected": LocallyConnected,
+    "max_pool": MaxPool,
+}
 """Type in a canonical form to what makes the layer of the form's other members."""
 
 _TENSORS = ("weight", "bias")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
+from convservice.counting import window_pairs
 from convservice.errors import InvalidRequest, Reason
 
 MAX_RANK = 3
@@ -144,6 +145,17 @@ class AxisWindow:
     def reach(self, rows: int) -> int:
         """Most positions, from the first to the last, that `rows` neighbouring neurons look at."""
         return (rows - 1) * self.stride + self.extent
+
+    def connections(self, size: int) -> int:
+        """Weights, over all neurons, that lie on one of the `size` positions of the axis."""
+        return window_pairs(
+            self.output_size(size),
+            size,
+            kernel=self.kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            before=self.before,
+        )
 
     def span(self, first: int, last: int) -> tuple[int, int]:
         """The half-open range of virtual positions that the neurons first <= i < last look at."""

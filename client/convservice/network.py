@@ -17,6 +17,7 @@ from typing import Any
 from convservice.delays import input_rows_needed, port_rows
 from convservice.dtypes import FLOAT32, DType, dtype_of
 from convservice.errors import InvalidRequest, Reason
+from convservice.fields import NetworkField, network_field
 from convservice.geometry import MAX_SIZE, SampleShape
 from convservice.layers import Layer, split_shape
 from convservice.nodes import (
@@ -24,11 +25,13 @@ from convservice.nodes import (
     MAX_NODES,
     Node,
     Residual,
+    bad,
     check_wiring,
     input_rank,
     label,
     nodes_of,
 )
+from convservice.summary import Summary, summary_of
 from convservice.tensors import Tensor
 
 NAME_PREFIX = "networks/sha256-"
@@ -167,6 +170,49 @@ class Network:
         shapes = self.shapes(sample)
         found = {name: (*batch, *shapes[target].shape) for name, target in self.outputs.items()}
         return found if len(found) > 1 else next(iter(found.values()))
+
+    def receptive_field(
+        self,
+        index: int | Sequence[int],
+        input_shape: Sequence[int],
+        node: str | None = None,
+        channel: int | None = None,
+    ) -> NetworkField:
+        """The input values that one neuron finally sees, through all layers before it.
+
+        Args:
+            index: the neuron's position in its feature map, one integer per spatial axis; in a vector its
+                number.
+            input_shape: (C, *spatial) or (N, C, *spatial).
+            node: the id of the neuron's node; the network's output where it has but one.
+            channel: the neuron's channel; without it the neurons of all channels at that position together.
+
+        Raises:
+            InvalidRequest: there is no such node or neuron, or a layer cannot take its input.
+        """
+        targets = sorted(set(self.outputs.values()))
+        if node is None and len(targets) > 1:
+            raise bad(f"the network has several outputs; give one of their nodes: {', '.join(targets)}")
+        target = targets[0] if node is None else node
+        if target not in {one.id for one in self.nodes}:
+            known = ", ".join(one.id for one in self.nodes)
+            raise bad(f"{target!r} is no node of the network; its nodes are {known}")
+        shapes = self.shapes(split_shape(input_shape, self.rank)[1])
+        return network_field(self.nodes, shapes, target, index, channel)
+
+    def summary(self, input_shape: Sequence[int]) -> Summary:
+        """What each layer has, for one sample of an input: shapes, parameters, neurons, connections, fields.
+
+        Printed it is a table, in a notebook one in HTML.
+
+        Args:
+            input_shape: (C, *spatial) or (N, C, *spatial).
+
+        Raises:
+            InvalidRequest: a layer cannot take its input; the message names it by position and type.
+        """
+        shapes = self.shapes(split_shape(input_shape, self.rank)[1])
+        return summary_of(self.nodes, self.outputs, shapes)
 
     def plan(self, input_shape: Sequence[int | None], dtype: Any = "float32") -> tuple[LayerPlan, ...]:
         """What each layer holds while a sample streams through, one row at a time.

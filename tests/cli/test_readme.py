@@ -22,6 +22,10 @@ def test_the_readmes_code_runs(
     printed = capsys.readouterr().out
     assert printed.startswith("[[12. 12. 17.]\n [10. 17. 19.]\n [ 9.  6. 14.]]\n(300, 256, 8)\n(4, 20, 25)\n")
     assert printed.endswith("the input has 4 channels in 1 group\nCHANNEL_MISMATCH\n")
+    table = str(names["images"].summary((1, 32, 32)))
+    assert table in printed
+    assert f"```\n{table}\n```" in README.read_text()
+    assert names["images"].receptive_field((0, 0), (1, 32, 32)).inside == ((0, 14), (0, 14))
     assert names["layer"].output_shape((1, 5, 5)) == (1, 3, 3)
     assert names["layer"].receptive_field((1, 0), (1, 5, 5)).inside == ((1, 4), (0, 3))
 

@@ -18,8 +18,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convservice
-from convservice import Activation, Conv, ConvServiceError, InvalidRequest, Network, NetworkNotFound, Node
-from convservice.canonical import network_from_canonical
+from convservice import (
+    Activation,
+    AvgPool,
+    Conv,
+    ConvServiceError,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    InvalidRequest,
+    Layer,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+    Network,
+    NetworkNotFound,
+    Node,
+    Residual,
+)
+from convservice.canonical import LAYERS, network_from_canonical
 from convservice.dtypes import FLOAT32, FLOAT64, DType, dtype_of
 from convservice.network import MAX_NODES
 from convservice.registered import RegisteredNetwork
@@ -52,7 +70,31 @@ def every_layer(rng: np.random.Generator, dtype: DType) -> dict[str, Network]:
         ),
         Conv(values(3, 4, 5, 5), padding="same", activation="gelu"),
     ]
+    options: dict[str, Any] = {"stride": (2, 1), "dilation": (1, 2), "groups": 2, "activation": slope}
+    pools = [
+        MaxPool((3, 2), stride=2, padding=((1, 0), (0, 1)), dilation=(1, 2), ceil_mode=True),
+        MaxPool(3),
+        MaxPool(3, padding="same"),
+        AvgPool((2, 2), stride=1, padding=1, ceil_mode=True, count_include_pad=False),
+        GlobalMaxPool(),
+        GlobalAvgPool(),
+    ]
+    own = [
+        LocallyConnected(values(4, 1, 5, 6, 3, 2), values(4, 5, 6), padding=((1, 0), (2, 3)), **options),
+        LocallyConnected(values(2, 4, 5, 6, 1, 1), values(2), padding="same"),
+    ]
+    up = ConvTranspose(
+        values(4, 3, 3, 2), values(6), padding=((1, 0), (2, 3)), output_padding=(1, 0), **options
+    )
+    residual = Residual([Conv(values(2, 2, 3), padding=1)], [Conv(values(2, 2, 1))], activation=slope)
     return {
+        "pools": Network(pools),
+        "unshared": Network(own),
+        "transposed": Network([up, ConvTranspose(values(6, 1, 1, 1))]),
+        "residual": Network([residual, Residual([Activation("tanh")])]),
+        "head": Network(
+            [Flatten(), Linear(values(3, 4), values(3), activation="relu"), Linear(values(2, 3))]
+        ),
         "chain": chain(rng, dtype),
         "two heads": trunk_with_two_heads(rng, dtype),
         "convolutions": Network(convolutions),
@@ -122,6 +164,18 @@ def test_other_readers_of_the_format_see_the_weights(
             if layer.bias is not None:
                 assert np.array_equal(found[f"{node.id}.bias"], layer.bias)
     assert len(names) == len(network.tensors)
+
+
+def test_every_layer_there_is_is_tried(rng: np.random.Generator) -> None:
+    tried = [node.layer for network in every_layer(rng, FLOAT32).values() for node in network.nodes]
+    assert {layer.canonical()["type"] for layer in tried} == set(LAYERS)
+    assert {type(layer) for layer in tried} == leaves(Layer)
+
+
+def leaves(kind: type) -> set[type]:
+    """The classes below `kind` that have none below them."""
+    below: list[type] = kind.__subclasses__()
+    return {leaf for one in below for leaf in leaves(one)} if below else {kind}
 
 
 def test_other_readers_see_bfloat16(rng: np.random.Generator, path: Path) -> None:

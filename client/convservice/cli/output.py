@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, cast
 
+from convservice.tables import plain_table
+
 Advance = Callable[[int], None]
 """Given the number of steps done since the last call."""
 
@@ -50,23 +52,6 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     if sys.stdout.isatty() and _rich_table(title, columns, cells):
         return
     print(plain_table(title, columns, cells))
-
-
-def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table as text: columns padded with spaces, a line of dashes below the headings."""
-    headings = [column.strip() for column in columns]
-    lines = [headings, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
-
-    def padded(line: Sequence[str]) -> str:
-        parts = (
-            cell.rjust(width) if column.endswith(" ") else cell.ljust(width)
-            for cell, width, column in zip(line, widths, columns, strict=True)
-        )
-        return "  ".join(parts).rstrip()
-
-    dashes = "  ".join("-" * width for width in widths)
-    return "\n".join(([title] if title else []) + [padded(headings), dashes, *map(padded, rows)])
 
 
 def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:

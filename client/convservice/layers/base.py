@@ -109,6 +109,15 @@ class Layer(ABC):
     def window(self, sample: SampleShape) -> RowWindow:
         """How its neurons look at rows: the window along the first spatial axis."""
 
+    def windows(self, sample: SampleShape) -> Sequence[RowWindow]:
+        """The window along every spatial axis: one position for one where a class says nothing else."""
+        return (AxisWindow(kernel=1),) * sample.rank
+
+    def seen_channels(self, channel: int) -> range:
+        """The input channels that the neurons of channel `channel` look at: that one where a class says
+        nothing else."""
+        return range(channel, channel + 1)
+
     @property
     def row_mode(self) -> PaddingMode:
         """What the row padding reads."""
@@ -147,6 +156,32 @@ class Layer(ABC):
     def neuron_count(self, input_shape: Sequence[int]) -> int:
         """Number of neurons for one sample: output channels times output positions."""
         return self.output_sample(split_shape(input_shape, self.rank)[1]).elements
+
+    @property
+    def filter_size(self) -> int:
+        """Weights that one neuron has, its threshold apart; 0 for a layer without weights."""
+        return 0
+
+    def unshared_parameter_count(self, input_shape: Sequence[int]) -> int:
+        """Weights and thresholds that there would be if no two neurons shared any.
+
+        For `Conv` that is `parameter_count` of the `LocallyConnected` of the same geometry, one with a
+        threshold of its own at every position where the `Conv` has thresholds.
+        """
+        return self.neuron_count(input_shape) * (self.filter_size + (len(self.tensors) > 1))
+
+    def connection_count(self, input_shape: Sequence[int]) -> int:
+        """Connections for one sample: pairs of a neuron and an input value that it looks at.
+
+        A value counts once for each weight, or place of a window, that lies on it. What lies in the padding
+        is no connection, whatever the padding reads there, nor is a threshold. A layer with several inputs
+        has so many to each of them.
+        """
+        sample = split_shape(input_shape, self.rank)[1]
+        out = self.output_sample(sample)
+        windows = zip(self.windows(sample), sample.shape[1:], strict=True)
+        along = math.prod(window.connections(size) for window, size in windows)
+        return out.channels * len(self.seen_channels(0)) * along
 
 
 def split_shape(shape: Sequence[int], rank: int | None) -> tuple[tuple[int, ...], SampleShape]:

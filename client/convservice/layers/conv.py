@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -22,7 +23,14 @@ from convservice.geometry import (
 )
 from convservice.layers.activation import Activation, activation_of
 from convservice.layers.base import Layer, ReceptiveField, split_shape, windowed_field
-from convservice.layers.weights import check_channels, check_groups, check_rank, check_thresholds, digest_of
+from convservice.layers.weights import (
+    check_channels,
+    check_groups,
+    check_rank,
+    check_thresholds,
+    digest_of,
+    group_channels,
+)
 from convservice.layers.windows import output_sizes, sample_of
 from convservice.tensors import Tensor
 
@@ -137,6 +145,15 @@ class Conv(Layer):
     def windows(self, sample: SampleShape) -> tuple[AxisWindow, ...]:
         """The window along every spatial axis, `same` resolved for this sample."""
         return tuple(self._axis(axis, size) for axis, size in enumerate(sample.spatial))
+
+    def seen_channels(self, channel: int) -> range:
+        """Those of the channel's group."""
+        return group_channels(channel, self.out_channels, self.in_channels, self.groups)
+
+    @property
+    def filter_size(self) -> int:
+        """in_channels / groups weights at every position of the kernel."""
+        return math.prod(self.filters.shape[1:])
 
     def output_sample(self, sample: SampleShape) -> SampleShape:
         """(out_channels, *output sizes); see `AxisWindow.output_size`."""

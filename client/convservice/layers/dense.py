@@ -61,6 +61,10 @@ class Flatten(Layer):
         """All rows."""
         return WholeWindow(sample.rows)
 
+    def connection_count(self, input_shape: Sequence[int]) -> int:
+        """One for each element: it passes on one value."""
+        return self.neuron_count(input_shape)
+
     def receptive_field(self, index: int | Sequence[int], input_shape: Sequence[int]) -> ReceptiveField:
         """The one position that the vector's element `index` comes from, with its channel."""
         sample = split_shape(input_shape, None)[1]
@@ -168,6 +172,15 @@ class Linear(Layer):
                 field="sample_shape",
             )
         return SampleShape.of_vector(self.out_features)
+
+    def seen_channels(self, channel: int) -> range:
+        """The whole vector."""
+        return range(self.in_features)
+
+    @property
+    def filter_size(self) -> int:
+        """in_features."""
+        return self.in_features
 
     def window(self, sample: SampleShape) -> AxisWindow:
         """A vector is one row."""

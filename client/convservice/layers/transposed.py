@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,14 @@ from convservice.errors import InvalidRequest, Reason
 from convservice.geometry import MAX_RANK, Pads, SampleShape, integer, padding_of, per_axis
 from convservice.layers.activation import Activation, activation_of
 from convservice.layers.base import Layer, ReceptiveField, split_shape, windowed_field
-from convservice.layers.weights import check_channels, check_groups, check_rank, check_thresholds, digest_of
+from convservice.layers.weights import (
+    check_channels,
+    check_groups,
+    check_rank,
+    check_thresholds,
+    digest_of,
+    group_channels,
+)
 from convservice.layers.windows import TransposedWindow, output_sizes, sample_of
 from convservice.tensors import Tensor
 
@@ -132,6 +140,17 @@ class ConvTranspose(Layer):
                 self.kernel, self.stride, self.dilation, self.padding, self.output_padding, strict=True
             )
         )
+
+    def seen_channels(self, channel: int) -> range:
+        """Those of the channel's group."""
+        return group_channels(channel, self.out_channels, self.in_channels, self.groups)
+
+    def unshared_parameter_count(self, input_shape: Sequence[int]) -> int:
+        """Weights and thresholds if every input position had filters of its own, and every neuron a
+        threshold where the layer has them."""
+        sample = split_shape(input_shape, self.rank)[1]
+        own = sample.elements * math.prod(self.filters.shape[1:])
+        return own if self.thresholds is None else own + self.neuron_count(input_shape)
 
     def output_sample(self, sample: SampleShape) -> SampleShape:
         """(out_channels, *output sizes); see `TransposedWindow.output_size`."""

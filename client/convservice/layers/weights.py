@@ -88,3 +88,10 @@ def check_channels(sample: SampleShape, per_group: int, groups: int) -> None:
 def digest_of(tensor: Tensor | None) -> str | None:
     """A tensor's digest in a layer's canonical form."""
     return None if tensor is None else tensor.digest.hex()
+
+
+def group_channels(channel: int, out_channels: int, in_channels: int, groups: int) -> range:
+    """The input channels in the group of an output channel."""
+    each = in_channels // groups
+    first = channel // (out_channels // groups) * each
+    return range(first, first + each)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from convservice.counting import window_pairs
 from convservice.errors import InvalidRequest, Reason
 from convservice.geometry import (
     MAX_SIZE,
@@ -58,6 +59,10 @@ class RowWindow(Protocol):
 
     def reach(self, rows: int) -> int:
         """Most positions, from the first to the last, that `rows` neighbouring neurons look at."""
+        ...
+
+    def connections(self, size: int) -> int:
+        """Weights, over all neurons, that lie on one of the `size` positions of the axis."""
         ...
 
 
@@ -120,6 +125,17 @@ class TransposedWindow:
         """Most positions, from the first to the last, that `rows` neighbouring neurons look at."""
         return -(-(rows - 1 + self.extent) // self.stride)
 
+    def connections(self, size: int) -> int:
+        """Weights, over all neurons, that lie on one of the `size` positions of the axis."""
+        return window_pairs(
+            size,
+            self.output_size(size),
+            kernel=self.kernel,
+            stride=self.stride,
+            dilation=self.dilation,
+            before=self.before,
+        )
+
 
 @dataclass(frozen=True)
 class WholeWindow:
@@ -153,6 +169,10 @@ class WholeWindow:
     def reach(self, rows: int) -> int:
         """Everything."""
         return self.extent
+
+    def connections(self, size: int) -> int:
+        """Every position once."""
+        return size
 
 
 def output_sizes(
