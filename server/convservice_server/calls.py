@@ -13,6 +13,10 @@ Clock = Callable[[], float]
 """Seconds that never go back, such as `time.monotonic`."""
 
 
+def allowed() -> None:
+    """Returns: whoever nobody asks may go on."""
+
+
 class WaitEnded(Exception):
     """No message came before `Call.wait_until`; what that means is for those to say who set it."""
 
@@ -21,18 +25,26 @@ class Call:
     """One call.
 
     Args:
-        owner: whose networks and weights it may use; all clients are one owner as long as none says who it
+        owner: whose networks and weights it may use; all clients are one owner where nobody is asked who he
             is.
         deadline: by `clock`, when the caller stops waiting; None for never.
         clock: tells the time.
+        still_allowed: returns while the owner may begin anything more, else raises `Unauthenticated`.
 
     Attributes:
         wait_until: by `clock`, when a wait for this call's next message ends in `WaitEnded`; None for never.
             Set by the thread that waits.
     """
 
-    def __init__(self, owner: str = "", deadline: float | None = None, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        owner: str = "",
+        deadline: float | None = None,
+        clock: Clock = time.monotonic,
+        still_allowed: Callable[[], None] = allowed,
+    ) -> None:
         self.owner = owner
+        self.still_allowed = still_allowed
         self.wait_until: float | None = None
         self._deadline = deadline
         self._clock = clock

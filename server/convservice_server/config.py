@@ -21,6 +21,13 @@ MIB = 1 << 20
 MESSAGE_SLACK_BYTES = 128 << 10
 """Room in a message beside tensor bytes: headers, names, the structure of an inline network."""
 
+_TOGETHER = (
+    ("tls_certificate", "tls_key"),
+    ("tls_key", "tls_certificate"),
+    ("tls_client_ca", "tls_certificate"),
+)
+"""Settings that mean nothing without another."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -35,7 +42,7 @@ class ServerConfig:
 
     Attributes:
         listen: `HOST:PORT` to listen on; port 0 picks a free one; an IPv6 host stands in brackets.
-        health_listen: likewise, for health checks alone, in plaintext; empty for no such port.
+        health_listen: likewise, for health checks alone, in plaintext; None for no such port.
         backend: the backend for tensors that name none; `"auto"` takes the first that works.
         memory_budget_bytes: for all running tensors together; half of the memory that the process leaves.
         weights_budget_bytes: for all weights together, prepared forms included; a quarter of it.
@@ -52,6 +59,11 @@ class ServerConfig:
             wait than half of `unary_workers`, those that have waited longest first; each takes a worker.
         drain_grace: seconds that running tensors get to finish when the server stops.
         drain_linger: seconds that a stream between two tensors stays open while the server stops.
+        token_file: path of the tokens that callers must carry (`access.Tokens`); None where they need none.
+        tls_certificate: path of the server's certificate and its chain, PEM; None where it speaks plaintext.
+        tls_key: path of the certificate's private key, PEM.
+        tls_client_ca: path of the authorities, PEM, one of which must have signed the certificate that every
+            client must then show; None where clients need none.
         log_format: `"text"` or `"json"`, on standard error.
         log_level: `"debug"`, `"info"`, `"warning"` or `"error"`.
 
@@ -60,7 +72,7 @@ class ServerConfig:
     """
 
     listen: str = "127.0.0.1:50051"
-    health_listen: str = ""
+    health_listen: str | None = None
     backend: str = "auto"
     memory_budget_bytes: int = _default("memory_budget_bytes")
     weights_budget_bytes: int = _default("weights_budget_bytes")
@@ -75,12 +87,16 @@ class ServerConfig:
     crowd_timeout: float = 5.0
     drain_grace: float = 30.0
     drain_linger: float = 1.0
+    token_file: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
     log_format: str = "text"
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         split_address(self.listen)
-        if self.health_listen:
+        if self.health_listen is not None:
             split_address(self.health_listen, "health_listen")
         for name in (
             "memory_budget_bytes",
@@ -102,6 +118,7 @@ class ServerConfig:
                 raise _wrong(name, "above 0 seconds", getattr(self, name))
         self._one_of("log_format", ("text", "json"))
         self._one_of("log_level", ("debug", "info", "warning", "error"))
+        self._files()
         if not self.backend or not isinstance(self.backend, str):
             raise _wrong("backend", "a backend's name or 'auto'", self.backend)
         together = self.max_unary_bytes + self.max_inline_weight_bytes + MESSAGE_SLACK_BYTES
@@ -116,6 +133,11 @@ class ServerConfig:
     def address(self) -> tuple[str, int]:
         """Host and port to listen on."""
         return split_address(self.listen)
+
+    @property
+    def names_callers(self) -> bool:
+        """Whether callers must say who they are, by token or certificate."""
+        return self.token_file is not None or self.tls_client_ca is not None
 
     @property
     def pool_size(self) -> int:
@@ -136,6 +158,20 @@ class ServerConfig:
         if unknown:
             raise _wrong(unknown[0], f"one of the settings {', '.join(sorted(known))}", overrides[unknown[0]])
         return cls(**_given(overrides))
+
+    def _files(self) -> None:
+        for name in ("token_file", "tls_certificate", "tls_key", "tls_client_ca"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise _wrong(name, "the path of a file", value)
+        for name, other in _TOGETHER:
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                raise InvalidRequest(
+                    f"{name} must be given together with {other}",
+                    reason=Reason.INVALID_PARAMETER,
+                    metadata={"name": name, "missing": other},
+                    field=name,
+                )
 
     def _whole(self, name: str, minimum: int, maximum: int) -> None:
         value = getattr(self, name)

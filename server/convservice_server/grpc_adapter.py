@@ -21,6 +21,7 @@ from convservice.v1 import conv_pb2 as pb
 from convservice.v1 import conv_pb2_grpc
 from convservice_server.calls import Call
 from convservice_server.config import ServerConfig
+from convservice_server.guard import Door
 from convservice_server.inbox import Inbox
 from convservice_server.lanes import Lane
 from convservice_server.service import Service
@@ -40,10 +41,12 @@ class Host:
     Args:
         config: the limits.
         watchdog: ends calls whose peer does not move.
+        door: knows whose calls they are.
     """
 
-    def __init__(self, config: ServerConfig, watchdog: Watchdog) -> None:
+    def __init__(self, config: ServerConfig, watchdog: Watchdog, door: Door) -> None:
         self.watchdog = watchdog
+        self._door = door
         self.streams = Lane("streams", config.max_streams)
         self.uploads = Lane("uploads and reflection calls", config.max_uploads)
         self._config = config
@@ -57,7 +60,9 @@ class Host:
     def call(self, context: grpc.ServicerContext) -> Generator[Call]:
         """The call behind a handler's context: its deadline, and given up when gRPC says so."""
         left = context.time_remaining()
-        call = Call(deadline=None if left > _FOREVER else time.monotonic() + left)
+        caller = self._door.caller(context)
+        deadline = None if left > _FOREVER else time.monotonic() + left
+        call = Call(caller.name, deadline, still_allowed=caller.check)
 
         def ended() -> None:
             call.give_up()

@@ -1,28 +1,61 @@
-"""What stands between gRPC and every handler: requests that never come, and bytes that are no message.
+"""What stands between gRPC and every handler: callers who may not call, requests that never come, bytes that
+are no message.
 
-gRPC's thread pool waits for a unary call's request without end, and parses requests where a failure cannot be
-answered properly. So `Guard` registers every method, health and reflection included, as one that is given a
-stream of raw requests: a unary call's single request is awaited under a watchdog, and bytes that do not
-parse are INVALID_ARGUMENT with a reason, like every other bad request. That wait takes a worker; a service
-that must answer however many calls wait is given workers of its own.
+`Guard` registers every method, health and reflection included, as one that is given a stream of raw requests.
+So whoever may not call is refused before a byte of the request is read (`Door`). gRPC's thread pool would
+wait for a unary call's request without end, and parse requests where a failure cannot be answered properly:
+here a single request is awaited under a watchdog, and bytes that do not parse are INVALID_ARGUMENT with a
+reason, like every other bad request. That wait takes a worker; a service that must answer however many calls
+wait is given workers of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from convservice.errors import InvalidRequest, Reason
+from convservice.errors import InvalidRequest, Reason, Unauthenticated
+from convservice_server.access import Access, Caller, Identity
 from convservice_server.status import abort
 from convservice_server.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 Behavior = Callable[..., Any]
 Parse = Callable[[bytes], Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Door:
+    """Lets calls in, and knows whose they are.
+
+    Args:
+        access: says who may call.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._callers: WeakKeyDictionary[grpc.ServicerContext, Caller] = WeakKeyDictionary()
+
+    def admit(self, context: grpc.ServicerContext) -> None:
+        """Returns if the call may go on; else ends it, and logs where it came from."""
+        identity = cast("Identity", context.auth_context)  # gRPC's stubs know nothing of the lists
+        try:
+            self._callers[context] = self._access.admit(context.invocation_metadata(), identity)
+        except Unauthenticated as exc:
+            fields = {"peer": context.peer(), "reason": exc.reason}
+            log.info("a call is refused", extra={"fields": fields})
+            abort(context, exc)
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Who makes a call that was let in."""
+        return self._callers[context]
 
 
 class Guard(grpc.ServerInterceptor):
@@ -31,11 +64,21 @@ class Guard(grpc.ServerInterceptor):
     Args:
         arrivals: ends unary calls whose request does not come.
         pools: workers that services have to themselves, by the service's full name.
+        door: lets calls in.
+        open_services: full names of those that anybody may call.
     """
 
-    def __init__(self, arrivals: Watchdog, pools: Mapping[str, ThreadPoolExecutor]) -> None:
+    def __init__(
+        self,
+        arrivals: Watchdog,
+        pools: Mapping[str, ThreadPoolExecutor],
+        door: Door,
+        open_services: Collection[str],
+    ) -> None:
         self._arrivals = arrivals
         self._pools = pools
+        self._door = door
+        self._open_services = open_services
 
     def intercept_service(
         self,
@@ -52,9 +95,11 @@ class Guard(grpc.ServerInterceptor):
             handler, f"{kind[handler.request_streaming]}_{kind[handler.response_streaming]}"
         )
         behavior = _parsed(inner, parse) if handler.request_streaming else self._single(inner, parse)
+        service = handler_call_details.method.strip("/").partition("/")[0]
+        if service not in self._open_services:
+            behavior = self._admitted(behavior)
         if getattr(inner, "experimental_non_blocking", False):
             behavior.experimental_non_blocking = True  # type: ignore[attr-defined] # gRPC looks for it here
-        service = handler_call_details.method.strip("/").partition("/")[0]
         if service in self._pools:
             behavior.experimental_thread_pool = self._pools[service]  # type: ignore[attr-defined] # and for this
         make: Any = (
@@ -64,6 +109,13 @@ class Guard(grpc.ServerInterceptor):
         )
         guarded: Handler = make(behavior, None, handler.response_serializer)
         return guarded
+
+    def _admitted(self, inner: Behavior) -> Behavior:
+        def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, *rest: Any) -> Any:
+            self._door.admit(context)
+            return inner(requests, context, *rest)
+
+        return behavior
 
     def _single(self, inner: Behavior, parse: Parse) -> Behavior:
         def behavior(requests: Iterator[bytes], context: grpc.ServicerContext, *rest: Any) -> Any:

@@ -29,14 +29,18 @@ def transport_options(message_bytes: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-def bind(server: grpc.Server, setting: str, address: str) -> int:
-    """Has a server listen in plaintext; the port, which is another where the address says 0.
+def bind(
+    server: grpc.Server, setting: str, address: str, credentials: grpc.ServerCredentials | None = None
+) -> int:
+    """Has a server listen, in plaintext without credentials; the port, another where the address says 0.
 
     Raises:
         ServiceUnavailable: the address cannot be listened on.
     """
     try:
-        return server.add_insecure_port(address)
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as exc:
         raise cannot_listen(setting, address, exc) from exc
 

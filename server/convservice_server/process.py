@@ -58,12 +58,14 @@ def serve(config: ServerConfig, misspelt: Sequence[str] = ()) -> int:
     # Blocked before there is any other thread, so that all inherit it and none but the watcher takes them.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     threading.Thread(target=_watch_signals, args=(events,), name="signals", daemon=True).start()
-    server = Server(config)
+    server = None
     try:
+        server = Server(config)
         server.listen()
         _warm(server, events)
     except ConvServiceError as exc:
-        server.stop(0)
+        if server is not None:
+            server.stop(0)
         return _cannot_start(exc.message)
     host, _ = config.address
     sys.stdout.write(f"listening on {host}:{server.port}\n")

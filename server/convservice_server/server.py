@@ -22,12 +22,15 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from convservice.v1 import conv_pb2_grpc
 from convservice_backends.registry import Registry
 from convservice_backends.trial import try_worked_example
+from convservice_server.access import Access, exposures
 from convservice_server.config import ServerConfig
 from convservice_server.grpc_adapter import ConvServicer, Host, Reflection
-from convservice_server.guard import Guard
+from convservice_server.guard import Door, Guard
 from convservice_server.health import SERVICE_NAME, Health, HealthPort
 from convservice_server.listening import bind, transport_options
 from convservice_server.service import Service
+from convservice_server.tls import Certificates
+from convservice_server.transport import credentials
 from convservice_server.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -47,25 +50,33 @@ class Server:
     Attributes:
         port: where it listens; 0 before it does.
         health_port: where it answers health checks alone; 0 if nowhere.
+
+    Raises:
+        InvalidRequest: tokens or certificates that the settings name cannot be used.
     """
 
     def __init__(self, config: ServerConfig, registry: Registry | None = None) -> None:
         self.config = config
+        self._certificates = Certificates.of(config)
+        door = Door(Access.of(config))
         self._registry = Registry(config.backend, trial=try_worked_example) if registry is None else registry
         few = config.unary_workers // 2
         self._watchdog = Watchdog(config.idle_timeout)
         self._arrivals = Watchdog(config.idle_timeout, few, config.crowd_timeout)
-        self._host = Host(config, self._watchdog)
+        self._host = Host(config, self._watchdog, door)
         self.service = Service(config, self._registry)
         self.service.warming = True
         self._health = Health(self._registry)
         self._pool = ThreadPoolExecutor(config.pool_size, thread_name_prefix="call")
         # More than the few silent calls that are let be, so that these do not stop it.
         self._health_pool = ThreadPoolExecutor(few + 1, thread_name_prefix="health")
-        guard = Guard(self._arrivals, {health_protocol.SERVICE_NAME: self._health_pool})
+        pools = {health_protocol.SERVICE_NAME: self._health_pool}
+        guard = Guard(self._arrivals, pools, door, open_services={health_protocol.SERVICE_NAME})
         options = transport_options(config.max_message_bytes)
         self._grpc = grpc.server(self._pool, interceptors=[guard], options=options)
-        self._health_only = HealthPort(self._health, few + 1, guard) if config.health_listen else None
+        self._health_only = (
+            HealthPort(self._health, few + 1, guard) if config.health_listen is not None else None
+        )
         self._stop_lock = threading.Lock()  # guards the fields below; a second stop waits for the first
         self._started = False
         self._stopped = False
@@ -108,8 +119,11 @@ class Server:
         names = (SERVICE_NAME, health_protocol.SERVICE_NAME, reflection.SERVICE_NAME)
         untyped = cast("Any", reflection_pb2_grpc)
         untyped.add_ServerReflectionServicer_to_server(Reflection(names, self._host), self._grpc)
-        self.port = bind(self._grpc, "listen", self.config.listen)
-        if self._health_only is not None:
+        secure = None if self._certificates is None else credentials(self._certificates)
+        self.port = bind(self._grpc, "listen", self.config.listen, secure)
+        for level, text in exposures(self.config):
+            log.log(level, text)
+        if self._health_only is not None and self.config.health_listen is not None:
             self.health_port = self._health_only.listen(self.config.health_listen)
         self._watchdog.__enter__()
         self._arrivals.__enter__()

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from convservice.errors import InvalidRequest, Reason
+from convservice_server.access import Access
 from convservice_server.config import ServerConfig
+from convservice_server.tls import Certificates
 
 PREFIX = "CONVSERVICE_"
 """Of a setting's name in the environment."""
@@ -27,6 +29,12 @@ FILE_VARIABLE = "CONVSERVICE_CONFIG"
 
 FIELDS = {entry.name.removesuffix("_bytes"): entry.name for entry in dataclasses.fields(ServerConfig)}
 """A setting's name to the field of `ServerConfig`."""
+
+_TRUTHS: dict[str, bool] = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+"""What may be said for a setting that is true or false."""
 
 DEFAULT = "default"
 """Where a value came from that nobody set."""
@@ -46,11 +54,12 @@ class Settings:
     sources: Mapping[str, str]
 
     def as_toml(self) -> str:
-        """A file that says the same, each line with where its value came from."""
+        """A file that says the same, each line with where its value came from; what is unset is a comment."""
         lines = ["# What this server is told. A flag goes before the environment, that before a file."]
         for name, field in FIELDS.items():
             value = getattr(self.config, field)
-            lines.append(f"{name} = {_as_toml(value)}  # {self.sources[name]}")
+            said = f"# {name} is not set" if value is None else f"{name} = {_as_toml(value)}"
+            lines.append(f"{said}  # {self.sources[name]}")
         return "\n".join(lines) + "\n"
 
 
@@ -63,12 +72,13 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str], file: str |
         file: path of a TOML file; `CONVSERVICE_CONFIG` of the environment where not given.
 
     Raises:
-        InvalidRequest: a file that cannot be read, a setting that there is not, a value out of range; the
-            message says where it came from.
+        InvalidRequest: a file that cannot be read, a setting that there is not, a value that is empty or out
+            of range, tokens or certificates that cannot be used; the message says where it came from.
     """
     layers: list[tuple[str, str, Any]] = []  # setting, source, value; later ones go before earlier ones
-    path = file or environment.get(FILE_VARIABLE)
-    if path:
+    path = environment.get(FILE_VARIABLE) if file is None else file
+    if path is not None:
+        _check_not_empty(FILE_VARIABLE if file is None else "--config", "config", path)
         layers += [(name, path, value) for name, value in _read(Path(path)).items()]
     layers += [
         (name, variable, environment[variable])
@@ -83,10 +93,14 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str], file: str |
     for name, source, value in layers:
         if name not in FIELDS:
             raise _wrong(source, name, f"there is no setting {name!r}; known are {', '.join(sorted(FIELDS))}")
+        _check_not_empty(source, name, value)
         values[FIELDS[name]] = _typed(FIELDS[name], value)
         sources[name] = source
     try:
-        return Settings(ServerConfig.of(**values), sources)
+        config = ServerConfig.of(**values)
+        Access.of(config)
+        Certificates.of(config)
+        return Settings(config, sources)
     except InvalidRequest as exc:
         name = (exc.field or "").removesuffix("_bytes")
         source = sources.get(name, DEFAULT)
@@ -104,6 +118,7 @@ OTHERS = {
     "CONVSERVICE_DEVICE_MEMORY",
     "CONVSERVICE_CUDA_ALGORITHM",
     "CONVSERVICE_KERNEL_CACHE",
+    "CONVSERVICE_CLIENT_TOKEN_FILE",
 }
 """Names in the environment that others read."""
 
@@ -117,10 +132,20 @@ def _read(path: Path) -> dict[str, Any]:
         raise _wrong(str(path), "config", f"it is no TOML file: {exc}") from exc
 
 
+def _check_not_empty(source: str, name: str, value: Any) -> None:
+    """Refuses nothing as a value: who sets it may have lost what it should hold, as the path of tokens."""
+    if isinstance(value, str) and not value.strip():
+        raise _wrong(source, name, f"{name} is empty; leave it out for its default")
+
+
 def _typed(field: str, value: Any) -> Any:
-    """A text as the number that its setting is; `ServerConfig` refuses what is none."""
+    """A text as the number or truth that its setting is; `ServerConfig` refuses what is none."""
     kind = get_type_hints(ServerConfig)[field]
-    if not isinstance(value, str) or kind is str or field.endswith("_bytes"):
+    if not isinstance(value, str) or field.endswith("_bytes"):
+        return value
+    if kind is bool:
+        return _TRUTHS.get(value.strip().lower(), value)
+    if kind not in (int, float):
         return value
     try:
         return kind(value)

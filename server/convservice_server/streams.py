@@ -100,6 +100,7 @@ class TensorStream:
     def _pass(self, passage: Passage, requests: Requests, at_hand: AtHand) -> Responses:
         if self._is_draining():
             raise draining()
+        self._call.still_allowed()
         number = passage.request.tensor_id
         for result in passage.start(self._packing):
             yield exchange.result_header(number, result)

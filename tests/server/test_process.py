@@ -11,6 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from convservice.channel import Endpoint
 from convservice.cli.health import check
 from convservice_server.environment import BLAS_VARIABLES
 from convservice_server.settings import FIELDS
@@ -74,7 +75,7 @@ def log_until(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
 def test_sigterm_ends_a_start_that_is_still_warming_up() -> None:
     with start(SLOW_BACKEND) as process:
         port = log_until(process, "listening")["port"]
-        assert check(f"127.0.0.1:{port}", WAIT) == ("NOT_SERVING", "")
+        assert check(Endpoint(f"127.0.0.1:{port}"), WAIT) == ("NOT_SERVING", "")
         process.terminate()
         assert log_until(process, "stopped while it was warming up")["signal"] == "SIGTERM"
         assert process.wait(WAIT) == 0
@@ -107,7 +108,7 @@ def test_the_log_says_where_health_is_answered() -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("listening on 127.0.0.1:")
         port = log_until(process, "listening")["health_port"]
-        assert check(f"127.0.0.1:{port}", WAIT) == ("SERVING", "")
+        assert check(Endpoint(f"127.0.0.1:{port}"), WAIT) == ("SERVING", "")
         process.terminate()
         assert process.wait(WAIT) == 0
 
@@ -129,5 +130,7 @@ def test_the_settings_are_printed_all_of_them() -> None:
         check=True,
         timeout=WAIT,
     ).stdout
-    assert set(tomllib.loads(printed)) == set(FIELDS)
+    unset = {name for name in FIELDS if f"# {name} is not set  # default\n" in printed}
+    assert set(tomllib.loads(printed)) == set(FIELDS) - unset
+    assert "token_file" in unset
     assert 'health_listen = "[::1]:9"  # --health-listen\n' in printed

@@ -50,7 +50,9 @@ def test_what_is_printed_is_a_file_that_says_the_same(file: Path, tmp_path: Path
     printed = tmp_path / "printed.toml"
     printed.write_text(found.as_toml())
     assert gather({}, {}, str(printed)).config == found.config
-    assert set(tomllib.loads(found.as_toml())) == set(FIELDS)
+    unset = {name for name, field in FIELDS.items() if getattr(found.config, field) is None}
+    assert set(tomllib.loads(found.as_toml())) == set(FIELDS) - unset
+    assert all(f"# {name} is not set  # default\n" in found.as_toml() for name in unset)
     assert f"max_streams = 3  # {file}\n" in found.as_toml()
     assert "lease_seconds = 60  # default\n" in found.as_toml()
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convservice.cli.credentials import add_credentials
 from convservice.cli.outcome import CommandFailed, Exit
 from convservice.files import load
 from convservice.layers import Conv
@@ -53,11 +54,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_target(parser: argparse.ArgumentParser, meaning: str = EMBEDDED) -> None:
-    """Adds what says where a command sends its requests: `--target`, which is `meaning`, and `--timeout`."""
+    """Adds what says where a command sends its requests and how: `--target`, which is `meaning`, `--timeout`,
+    and the options of `credentials`."""
     parser.add_argument("--target", metavar="HOST:PORT", type=target, help=meaning)
     parser.add_argument(
         "--timeout", metavar="SECONDS", type=seconds, help="for each request (default: no limit)"
     )
+    add_credentials(parser)
 
 
 def add_service(parser: argparse.ArgumentParser) -> None:

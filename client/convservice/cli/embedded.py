@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from typing import IO
 
 from convservice import ConvClient, connect
-from convservice.cli.outcome import CommandFailed
+from convservice.cli.credentials import credentials, given
+from convservice.cli.outcome import CommandFailed, Exit
 from convservice.cli.serve import SETTINGS
 
 START_SECONDS = 60.0
@@ -123,10 +124,17 @@ def connected(arguments: argparse.Namespace) -> Generator[ConvClient]:
 
     Args:
         arguments: a command's, with those of `arguments.add_target`.
+
+    Raises:
+        CommandFailed: as `EmbeddedServer` and `credentials`, or credentials without `--target`.
     """
     if arguments.target is not None:
-        with connect(arguments.target, timeout=arguments.timeout) as client:
+        with connect(arguments.target, timeout=arguments.timeout, **credentials(arguments)) as client:
             yield client
         return
+    if options := given(arguments):
+        raise CommandFailed(
+            f"{options[0]} says how to reach a server: it needs --target HOST:PORT", Exit.USAGE
+        )
     with EmbeddedServer() as server, connect(server.target, timeout=arguments.timeout) as client:
         yield client

@@ -11,8 +11,10 @@ from enum import IntEnum
 
 import grpc
 
+from convservice.channel import Endpoint
 from convservice.cli.arguments import DEFAULT_TARGET, add_json, seconds, target
 from convservice.cli.command import Command
+from convservice.cli.credentials import add_credentials, credentials
 from convservice.cli.outcome import Exit
 from convservice.cli.output import show_json
 
@@ -50,12 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=5.0,
         help="default: %(default)g",
     )
+    add_credentials(parser)
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the status; 0 for SERVING, 1 for anything else."""
-    status, detail = check(arguments.target, arguments.timeout)
+    endpoint = Endpoint(arguments.target, **credentials(arguments))
+    status, detail = check(endpoint, arguments.timeout)
     if arguments.json:
         show_json({"target": arguments.target, "status": status, "detail": detail})
     else:
@@ -63,20 +67,20 @@ def run(arguments: argparse.Namespace) -> int:
     return Exit.OK if status == Serving.SERVING.name else Exit.FAILED
 
 
-def check(address: str, timeout: float) -> tuple[str, str]:
+def check(endpoint: Endpoint, timeout: float) -> tuple[str, str]:
     """What the server as a whole says, and the reason where it says nothing.
 
     Args:
-        address: `HOST:PORT`.
+        endpoint: the server and how to reach it.
         timeout: seconds to wait for the answer.
 
     Returns:
         The name of a `Serving` and an empty string, or `"UNREACHABLE"` and the reason.
     """
-    with grpc.insecure_channel(address) as channel:
+    with endpoint.open() as channel:
         ask = channel.unary_unary(METHOD, request_serializer=bytes, response_deserializer=serving_of)
         try:
-            return ask(b"", timeout=timeout).name, ""
+            return ask(b"", timeout=timeout, metadata=endpoint.metadata).name, ""
         except grpc.RpcError as exc:
             return "UNREACHABLE", f"{exc.code().name}: {exc.details()}"
 

@@ -74,6 +74,14 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
             "after which unary calls whose request does not come end where many wait (default: 5)",
         ),
     ),
+    "who may call; files that are replaced are read anew": (
+        Setting("token_file", "FILE", "tokens that callers must carry, NAME TOKEN a line (default: none)"),
+        Setting("tls_certificate", "FILE", "the server's certificate and chain (default: none, plaintext)"),
+        Setting("tls_key", "FILE", "the certificate's private key"),
+        Setting(
+            "tls_client_ca", "FILE", "authorities of the certificates that clients must show (default: none)"
+        ),
+    ),
     "how it stops": (
         Setting("drain_grace", "SECONDS", "that running tensors get to finish (default: 30)"),
         Setting("drain_linger", "SECONDS", "that a stream between two tensors stays open then (default: 1)"),
