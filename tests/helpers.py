@@ -18,8 +18,20 @@ from numpy.typing import NDArray
 from convservice.bands import Band, TensorSpec
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
 from convservice.geometry import SampleShape
-from convservice.layers import Conv
-from convservice.network import Network, Node
+from convservice.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+)
+from convservice.network import Network, Node, Residual
 from convservice.wire.enums import Precision
 from convservice.wire.headers import ResultSpec
 from convservice_backends.cuda.algorithms.tensor_core import tf32_roundoff
@@ -283,6 +295,40 @@ def chain(rng: np.random.Generator, dtype: DType) -> Network:
             ),
             Conv(random_array(rng, (3, 6, 2, 3), dtype), padding="same", padding_mode="replicate"),
         ]
+    )
+
+
+def every_layer(dtype: DType) -> Network:
+    """A small network of every layer there is, on maps (2, 8, 9): residual blocks, three outputs."""
+    rng = np.random.default_rng(5)
+
+    def weight(*shape: int) -> Array:
+        return random_array(rng, shape, dtype)
+
+    body = (Conv(weight(4, 4, 3, 3), weight(4), padding=1, activation="relu"), Activation("gelu"))
+    nodes = Network(
+        [
+            Conv(weight(4, 1, 3, 3), weight(4), padding="same", groups=2, padding_mode="reflect"),
+            MaxPool(2, ceil_mode=True),
+            Residual(body, [AvgPool(3, stride=1, padding=1)], activation="leaky_relu"),
+            ConvTranspose(weight(4, 3, 3, 3), weight(3), stride=2, padding=1, output_padding=1),
+            MaxPool((3, 2), stride=(2, 2), padding=((1, 1), (0, 1)), dilation=(1, 1)),
+            LocallyConnected(weight(5, 3, 4, 4, 1, 2), weight(5, 4, 4), activation="tanh"),
+        ]
+    ).nodes
+    last = nodes[-1].id
+    return Network(
+        [
+            *nodes,
+            Node("mean", GlobalAvgPool(), (last,)),
+            Node("largest", GlobalMaxPool(), (last,)),
+            Node("both", Add(), ("mean", "largest")),
+            Node("flat", Flatten(), ("both",)),
+            Node("scores", Linear(weight(3, 5), weight(3), activation="sigmoid"), ("flat",)),
+            Node("all", Flatten(), (last,)),
+            Node("wide", Linear(weight(2, 80)), ("all",)),
+        ],
+        {"scores": "scores", "wide": "wide", "maps": last},
     )
 
 

@@ -17,7 +17,7 @@ from convservice.bands import DataFormat
 from convservice.channel import check_timeout
 from convservice.dtypes import FLOAT64, DType, DTypeLike, dtype_of
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import SampleShape
+from convservice.geometry import MAX_RANK, SampleShape
 from convservice.layers import split_shape
 from convservice.network import Network
 from convservice.tensors import as_array
@@ -78,21 +78,25 @@ class Input:
     """A user's array as samples.
 
     Attributes:
-        array: (samples, channels, rows, *rest), a view.
+        array: (samples, channels, rows, *rest), a view; vectors are (samples, features, 1).
         dtype: of its elements.
         batched: whether the user's array had an axis of samples.
         bare: whether it had spatial axes alone.
+        vector: whether its samples are vectors.
     """
 
     array: NDArray[Any]
     dtype: DType
     batched: bool
     bare: bool = False
+    vector: bool = False
 
     @property
     def sample(self) -> SampleShape:
         """The shape of each sample."""
         _, channels, rows, *rest = self.array.shape
+        if self.vector:
+            return SampleShape.of_vector(channels)
         return SampleShape(channels, rows, tuple(rest))
 
 
@@ -101,7 +105,8 @@ def as_input(x: ArrayLike, rank: int | None, data_format: DataFormat) -> Input:
 
     Args:
         x: the array.
-        rank: number of spatial axes; None where the network takes any, and x must then have samples.
+        rank: number of spatial axes, 0 for vectors (N, F) or (F,); None where the network takes any, and x
+            must then have samples.
         data_format: order of its axes.
 
     Raises:
@@ -110,7 +115,7 @@ def as_input(x: ArrayLike, rank: int | None, data_format: DataFormat) -> Input:
     array = as_array("x", x)
     dtype = input_dtype(array.dtype)
     spatial = array.ndim - 2 if rank is None else rank
-    if spatial not in AXES or array.ndim not in (spatial + 1, spatial + 2):
+    if not 0 <= spatial <= MAX_RANK or array.ndim not in (spatial + 1, spatial + 2):
         raise InvalidRequest(
             f"x has {array.ndim} axes, {array.shape}; it must be {_layouts(rank, data_format)}",
             reason=Reason.INVALID_SHAPE,
@@ -121,7 +126,10 @@ def as_input(x: ArrayLike, rank: int | None, data_format: DataFormat) -> Input:
         array = np.moveaxis(array, -1, -spatial - 1)
     batched = array.ndim == spatial + 2
     split_shape(array.shape, spatial)
-    return Input(array if batched else array[None], dtype, batched)
+    samples = array if batched else array[None]
+    if spatial == 0:
+        return Input(samples[..., None], dtype, batched, vector=True)
+    return Input(samples, dtype, batched)
 
 
 def as_bare_input(x: ArrayLike) -> Input:
@@ -190,7 +198,7 @@ def result_shapes(network: Network, given: Input, data_format: DataFormat) -> di
 
 def _format_hint(exc: InvalidRequest, given: Input, data_format: DataFormat) -> str:
     """Says that channels seem to stand at the other end, when the size there is the one expected."""
-    if exc.reason != Reason.CHANNEL_MISMATCH:
+    if exc.reason != Reason.CHANNEL_MISMATCH or given.vector:
         return ""
     axes = AXES[given.array.ndim - 2]
     _, channels, *spatial = given.array.shape
@@ -207,7 +215,9 @@ def _format_hint(exc: InvalidRequest, given: Input, data_format: DataFormat) -> 
 def _layouts(rank: int | None, data_format: DataFormat) -> str:
     last = data_format is DataFormat.CHANNELS_LAST
     if rank is None:
-        return "(N, *spatial, C)" if last else "(N, C, *spatial) with 1 to 3 spatial axes"
+        return "(N, *spatial, C)" if last else f"(N, C, *spatial) with at most {MAX_RANK} spatial axes"
+    if rank == 0:
+        return "(N, F) or (F,)"
     axes = AXES[rank]
     return f"(N, {axes}, C) or ({axes}, C)" if last else f"(N, C, {axes}) or (C, {axes})"
 

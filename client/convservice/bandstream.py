@@ -19,7 +19,7 @@ from convservice.bands import Band, DataFormat, TensorSpec, band_rows_for
 from convservice.dtypes import DTypeLike
 from convservice.errors import InvalidRequest, Reason, ServiceUnavailable
 from convservice.exchange import Done, Failed, ResultOpened, ResultReceiver, TensorSender
-from convservice.geometry import SampleShape, integer
+from convservice.geometry import MAX_RANK, SampleShape, integer
 from convservice.jobs import Output, broken, check_result, tensor_request
 from convservice.network import Network
 from convservice.packing import BandPacker
@@ -131,6 +131,7 @@ class BandWriter:
     def _checked(self, given: Any) -> NDArray[Any]:
         array, spec = as_array("a band", given), self._spec
         last = spec.data_format is DataFormat.CHANNELS_LAST
+        vector = spec.sample.vector
         if input_dtype(array.dtype) != spec.dtype:
             raise InvalidRequest(
                 f"a band has dtype {array.dtype}, the stream was announced with {spec.dtype}",
@@ -139,19 +140,21 @@ class BandWriter:
                 field="bands",
             )
         rows = np.moveaxis(array, -1, 0) if last and array.ndim else array
-        if rows.ndim != 1 + spec.sample.rank or (rows.shape[0], *rows.shape[2:]) != (
-            spec.sample.channels,
-            *spec.sample.rest,
-        ):
-            rest = ", ".join(str(size) for size in spec.sample.rest)
-            channels = str(spec.sample.channels)
-            wanted = ["rows", rest, channels] if last else [channels, "rows", rest]
+        fixed = (spec.sample.channels, *spec.sample.rest)
+        if rows.ndim != 1 + spec.sample.rank or (*rows.shape[:1], *rows.shape[2:]) != fixed:
+            channels, *rest = map(str, fixed)
+            if vector:
+                wanted = f"({channels},), one vector"
+            else:
+                wanted = f"({', '.join(['rows', *rest, channels] if last else [channels, 'rows', *rest])})"
             raise InvalidRequest(
-                f"a band has shape {array.shape}; it must be ({', '.join(part for part in wanted if part)})",
+                f"a band has shape {array.shape}; it must be {wanted}",
                 reason=Reason.INVALID_SHAPE,
                 metadata={"shape": str(array.shape)},
                 field="bands",
             )
+        if vector:
+            rows = rows[:, None]
         total = self._total_rows()
         if total is not None and self._rows + rows.shape[1] > total:
             raise self._wrong_rows(f"the bands brought at least {self._rows + rows.shape[1]}")
@@ -179,11 +182,13 @@ class BandReader:
         self._target = target
         self._receiver = ResultReceiver(job.request, target)
         self._last = {output.name: (0, -1) for output in job.outputs}
+        self._vectors = {output.name: output.spec.sample.vector for output in job.outputs}
         self.report: TensorReport | None = None
         """How the tensor went; None until it is complete."""
 
     def receive(self, message: pb.ConvolveStreamResponse) -> Iterator[Band]:
-        """The bands that an answer brings, without the samples axis, in the user's order of axes.
+        """The bands that an answer brings, without the samples axis, in the user's order of axes; a vector as
+        (features,).
 
         Raises:
             ConvServiceError: the tensor failed, or the server broke the protocol.
@@ -221,18 +226,22 @@ class BandReader:
         for at, array in enumerate(band.array):
             sample = band.sample + at
             self._last[band.output] = (sample, band.first_row + array.shape[1] - 1)
+            if self._vectors[band.output]:
+                array = array[:, 0]
             yield replace(band, array=np.moveaxis(array, 0, -1) if last else array, sample=sample)
 
 
 def _announced(
     shape: Sequence[int | None], rank: int | None, data_format: DataFormat
 ) -> tuple[int, SampleShape]:
-    """Samples and sample shape of an announced (C, H, W), (N, C, H, W) or the like; H may be None."""
+    """Samples and sample shape of an announced (C, H, W), (N, C, H, W) or the like, where H may be None, or
+    of vectors (F,) or (N, F)."""
     sizes = list(shape)
     spatial = len(sizes) - 1 if rank is None else rank
-    if spatial not in AXES or len(sizes) not in (spatial + 1, spatial + 2):
-        axes = AXES.get(rank or 0, "*spatial")
+    if not 0 <= spatial <= MAX_RANK or len(sizes) not in (spatial + 1, spatial + 2):
+        axes = "*spatial" if rank is None else AXES.get(rank, "")
         wanted = f"({axes}, C)" if data_format is DataFormat.CHANNELS_LAST else f"(C, {axes})"
+        wanted = "(F,)" if rank == 0 else wanted
         raise InvalidRequest(
             f"shape has {len(sizes)} sizes, {tuple(sizes)}; it must be {wanted},"
             " or the same with the number of samples first",
@@ -243,7 +252,10 @@ def _announced(
     samples = integer("shape", sizes.pop(0), 1) if len(sizes) == spatial + 2 else 1
     if data_format is DataFormat.CHANNELS_LAST:
         sizes.insert(0, sizes.pop())
-    channels, rows, *rest = sizes
+    channels, *spatial_sizes = sizes
+    if not spatial_sizes:
+        return samples, SampleShape.of_vector(integer("shape", channels, 1))
+    rows, *rest = spatial_sizes
     height = None if rows is None else integer("shape", rows, 1)
     sample = SampleShape(integer("shape", channels, 1), height, tuple(integer("shape", s, 1) for s in rest))
     return samples, sample

@@ -1,12 +1,13 @@
 """Delays: how far the rows of a network's nodes lie behind its input, and what that makes them hold.
 
 Given nodes and shapes it hands back the input rows that rows of a node need, and the rows that each input of
-each node holds. The work grows with the network, never with the rows: between lines, the number of rows that
-a node has put out after t rows of input lies at
+each node with several holds. The work grows with the network, never with the rows: the number of rows that a
+node has put out after t rows of an earlier one lies between two lines,
 
     at least rate * t - lag, or all of them        at most rate * t + lead, or, at the end, all of them
 
-and what an `Add` holds of its faster branch is the largest difference of two such lines.
+and what an `Add` holds of its faster branch is the largest difference of two such lines, both counted from
+where the branches fork: what lies before delays them alike.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from convservice.geometry import MAX_SIZE, AxisWindow, PaddingMode, SampleShape
 from convservice.layers import Layer, TransposedWindow
 from convservice.nodes import INPUT, Node, label
 
+_ZERO = Fraction(0)
+
 
 @dataclass(frozen=True)
 class Pace:
-    """The lines between which the rows of a node lie.
+    """The lines between which the rows of a node lie, counted from an earlier node.
 
     Attributes:
-        rate: rows per row of the network's input.
+        rate: rows per row of the earlier node.
         lag: how far below rate * t they may be.
         lead: how far above, before the end.
         last: how far above rate * height all of them are, at most.
-        full: rows of the network's input after which the node may have all of its rows.
+        full: rows of the earlier node after which this one may have all of its rows.
     """
 
     rate: Fraction
@@ -38,6 +41,24 @@ class Pace:
     lead: Fraction
     last: Fraction
     full: Fraction
+
+    def then(self, step: Pace, rows: int | None) -> Pace:
+        """The pace of a node of so many rows that goes at `step`, counted from a node that goes at this."""
+        full = min(self.full, self.first_at(step.full))
+        pace = Pace(
+            self.rate * step.rate,
+            self.lag * step.rate + step.lag,
+            self.lead * step.rate + step.lead,
+            self.last * step.rate + step.last,
+            full,
+        )
+        return pace if rows is None else replace(pace, full=min(full, pace.first_at(Fraction(rows))))
+
+    def first_at(self, rows: Fraction) -> Fraction:
+        """The first t at which there may be so many rows before the end, never after `full`."""
+        if not self.rate:
+            return _ZERO if self.lead >= rows else self.full
+        return max(_ZERO, (rows - self.lead) / self.rate)
 
 
 def input_rows_needed(
@@ -99,105 +120,147 @@ def port_rows(
         InvalidRequest: `HEIGHT_REQUIRED` where branches take rows at different rates while the height is not
             known: what is held would grow for ever.
     """
-    computed, handed = computed or {}, handed or {}
-    height = shapes[INPUT].rows
-    zero, end = Fraction(0), Fraction(MAX_SIZE if height is None else height)
-    paces = {INPUT: Pace(Fraction(1), zero, zero, zero, end)}
+    wait = {name: rows - 1 for name, rows in (computed or {}).items()}
+    flow = _Flow(shapes, handed or {})
     found: dict[str, tuple[int, ...]] = {}
     for position, node in enumerate(nodes):
-        given = [_given(paces[source], handed.get(source, 1)) for source in node.inputs]
-        wait = computed.get(node.id, 1) - 1
-        rows = shapes[node.id].rows
-        if len(given) == 1:
-            pace = _behind(node.layer, given[0], shapes[node.inputs[0]], wait)
-            paces[node.id] = _filled(pace, rows)
+        if len(node.inputs) == 1:
+            flow.add(node, _behind(node.layer, shapes[node.inputs[0]]), wait.get(node.id, 0))
             continue
-        if height is None and len({pace.rate for pace in given}) > 1:
-            rates = ", ".join(str(pace.rate) for pace in given)
-            raise InvalidRequest(
-                f"{label(position, node)} needs the height, which is not known: its inputs bring {rates} rows"
-                " per row of the network's input",
-                reason=Reason.HEIGHT_REQUIRED,
-                metadata={"node": node.id, "rates": rates},
-            )
-        slowest = _slowest(given, end, wait)
-        held = [max(1 + wait, _held(paces[source], slowest, rows)) for source in node.inputs]
-        found[node.id] = tuple(count if rows is None else min(count, rows) for count in held)
-        paces[node.id] = _filled(slowest, rows)
+        fork = flow.fork(node)
+        paces = [flow.given(source, fork) for source in node.inputs]
+        height, rows = shapes[fork].rows, shapes[node.id].rows
+        if height is None and rows is None and len({pace.rate for pace in paces}) > 1:
+            raise _without_end(label(position, node), node, [pace.rate for pace in paces])
+        slowest = _slowest(paces, Fraction(MAX_SIZE if height is None else height))
+        flow.add(node, slowest, wait.get(node.id, 0), fork)
+        found[node.id] = _port_rows(paces, slowest, rows, wait.get(node.id, 0))
     return found
 
 
-def _given(pace: Pace, handed: int) -> Pace:
-    """The rows that a consumer has been given, of those that a node has put out: perhaps not the last run."""
-    return replace(pace, lag=pace.lag + handed)
+class _Flow:
+    """The nodes so far, as a tree: each hangs on the last node that all of its rows come through."""
+
+    def __init__(self, shapes: Mapping[str, SampleShape], handed: Mapping[str, int]) -> None:
+        self._shapes = shapes
+        self._handed = handed
+        self._before: dict[str, str] = {}
+        self._depth = {INPUT: 0}
+        self._steps: dict[str, Pace] = {}  # from the node before
+
+    def add(self, node: Node, step: Pace, wait: int, fork: str | None = None) -> None:
+        """Hangs a node on `fork`, or on its one input, of which the last run may not be handed over yet."""
+        before = node.inputs[0] if fork is None else fork
+        lag = step.lag + wait
+        if fork is None:
+            lag += self._handed.get(before, 1) * step.rate
+        self._before[node.id] = before
+        self._depth[node.id] = self._depth[before] + 1
+        self._steps[node.id] = replace(step, lag=lag)
+
+    def fork(self, node: Node) -> str:
+        """The last node that all rows of all inputs of `node` come through."""
+        first = node.inputs[0]
+        for source in node.inputs[1:]:
+            other = source
+            while first != other:
+                if self._depth[first] < self._depth[other]:
+                    first, other = other, first
+                first = self._before[first]
+        return first
+
+    def given(self, source: str, fork: str) -> Pace:
+        """The pace, counted from `fork`, of the rows of `source` that a consumer has been given: perhaps not
+        of its last run."""
+        height = self._shapes[fork].rows
+        pace = Pace(Fraction(1), _ZERO, _ZERO, _ZERO, Fraction(MAX_SIZE if height is None else height))
+        path: list[str] = []
+        at = source
+        while at != fork:
+            path.append(at)
+            at = self._before[at]
+        for name in reversed(path):
+            pace = pace.then(self._steps[name], self._shapes[name].rows)
+        return replace(pace, lag=pace.lag + self._handed.get(source, 1))
 
 
-def _behind(layer: Layer, given: Pace, sample: SampleShape, wait: int) -> Pace:
-    """The pace of a layer's rows, which wait for `wait` further ones, from that of the rows it is given."""
+def _without_end(where: str, node: Node, rates: Sequence[Fraction]) -> InvalidRequest:
+    named = ", ".join(map(str, rates))
+    return InvalidRequest(
+        f"{where} needs the height, which is not known: its inputs bring {named} rows for each row that they"
+        " are given, and what it holds of one would grow for ever",
+        reason=Reason.HEIGHT_REQUIRED,
+        metadata={"node": node.id, "rates": named},
+    )
+
+
+def _behind(layer: Layer, sample: SampleShape) -> Pace:
+    """The pace of a layer's rows, counted from those that it has been given."""
     window = layer.window(sample)
+    full = Fraction(MAX_SIZE if sample.rows is None else sample.rows)
     before, after, extent = (Fraction(value) for value in (window.before, window.after, window.extent))
     if isinstance(window, TransposedWindow):
         rate = Fraction(window.stride)
-        late, early = before, -before
-        last = extent - rate - before - after + window.output_padding
-    elif isinstance(window, AxisWindow):
+        return Pace(rate, before, -before, extent - rate - before - after + window.output_padding, full)
+    if isinstance(window, AxisWindow):
         rate = Fraction(1, window.stride)
-        late = (extent - before - 1) * rate + _first_wait(window, layer.row_mode)
-        early = (before - extent) * rate + 1
-        last = early + after * rate + window.ceil_mode
-    else:  # nothing before the end
-        zero = Fraction(0)
-        return Pace(zero, Fraction(wait), zero, Fraction(1), given.full)
-    return Pace(
-        given.rate * rate,
-        given.lag * rate + late + wait,
-        given.lead * rate + early,
-        given.last * rate + last,
-        given.full,
-    )
+        lead = (before - extent) * rate + 1
+        lag = (extent - before - 1) * rate + _first_wait(window, layer.row_mode)
+        return Pace(rate, lag, lead, lead + after * rate + window.ceil_mode, full)
+    return Pace(_ZERO, _ZERO, _ZERO, Fraction(1), full)  # nothing before the end
 
 
 def _first_wait(window: AxisWindow, mode: PaddingMode) -> Fraction:
     """How much further the lower line lies below: first rows wait for those that the padding reads."""
     if mode is PaddingMode.ZEROS or not window.before:
-        return Fraction(0)
+        return _ZERO
     rows = window.before if mode is PaddingMode.REFLECT else 0  # with so many there is nothing yet
-    return max(Fraction(0), Fraction(rows + window.before - window.extent + 1, window.stride))
+    return max(_ZERO, Fraction(rows + window.before - window.extent + 1, window.stride))
 
 
-def _filled(pace: Pace, rows: int | None) -> Pace:
-    """The pace of a node of so many rows, with when it may have them all."""
-    if rows is None:
-        return pace
-    if not pace.rate:
-        return replace(pace, full=Fraction(0)) if pace.lead >= rows else pace
-    return replace(pace, full=min(pace.full, max(Fraction(0), (rows - pace.lead) / pace.rate)))
-
-
-def _slowest(given: Sequence[Pace], end: Fraction, wait: int) -> Pace:
+def _slowest(given: Sequence[Pace], end: Fraction) -> Pace:
     """The pace of the slowest of several inputs."""
     full = max(pace.full for pace in given)
-    last = min(pace.last for pace in given)
     first = given[0]
     if all(pace.rate == first.rate for pace in given):
         lag, lead = max(pace.lag for pace in given), min(pace.lead for pace in given)
-        return Pace(first.rate, lag + wait, lead, last, full)
+        return Pace(first.rate, lag, lead, min(pace.last for pace in given), full)
     # Below the least of several lines lies one that is below it at both ends; above it lies each of them.
     upper = min(given, key=lambda pace: pace.rate * end + pace.lead)
-    least = [min(pace.rate * t - pace.lag for pace in given) for t in (Fraction(0), end)]
+    least = [min(pace.rate * t - pace.lag for pace in given) for t in (_ZERO, end)]
     lag = max(-least[0], upper.rate * end - least[1])
-    return Pace(upper.rate, lag + wait, upper.lead, upper.last, full)
+    return Pace(upper.rate, lag, upper.lead, upper.last, full)
+
+
+def _port_rows(given: Sequence[Pace], slowest: Pace, rows: int | None, wait: int) -> tuple[int, ...]:
+    """The rows that each input of a node of `rows` rows holds: those by which it is before the slowest of the
+    others, the row being computed, and those that wait for others to be computed with."""
+    ahead: dict[tuple[Pace, Pace], int] = {}
+    pairs = list(zip(given, _slowest_others(given, slowest), strict=True))
+    for fast, slow in pairs:
+        if (fast, slow) not in ahead:
+            ahead[fast, slow] = _held(fast, slow, rows)
+    held = [1 + wait + max(0, ahead[pair] - 1) for pair in pairs]
+    return tuple(count if rows is None else min(count, rows) for count in held)
+
+
+def _slowest_others(given: Sequence[Pace], slowest: Pace) -> list[Pace]:
+    """For each of several inputs the slowest of the others; where the rates differ, of all."""
+    if any(pace.rate != slowest.rate for pace in given):
+        return [slowest] * len(given)
+    *_, second, last = sorted(range(len(given)), key=lambda port: given[port].lag)
+    return [given[second if port == last else last] for port in range(len(given))]
 
 
 def _held(fast: Pace, slow: Pace, rows: int | None) -> int:
     """The largest number of rows by which `fast` may be before `slow`, of `rows` rows in all."""
     if rows is None:  # the rates are equal
-        return _ceil(max(fast.lead, fast.last) + max(slow.lag, Fraction(0)))
+        return _ceil(max(fast.lead, fast.last) + max(slow.lag, _ZERO))
 
     def least(t: Fraction) -> Fraction:
-        return max(Fraction(0), min(slow.rate * t - slow.lag, Fraction(rows)))
+        return max(_ZERO, min(slow.rate * t - slow.lag, Fraction(rows)))
 
-    turns = {Fraction(0), fast.full}
+    turns = {_ZERO, fast.full}
     if slow.rate:
         turns |= {slow.lag / slow.rate, (rows + slow.lag) / slow.rate}
     running = [t for t in turns if 0 <= t <= fast.full]

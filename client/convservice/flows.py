@@ -28,12 +28,8 @@ from convservice.jobs import INLINE_BYTES, Collector, Job
 from convservice.network import NAME_PREFIX, Network
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
-from convservice.wire.networks import (
-    inline_to_proto,
-    network_from_proto,
-    network_to_proto,
-    reference_to_proto,
-)
+from convservice.wire.networks import inline_to_proto, network_from_proto, network_to_proto
+from convservice.wire.weights import reference_to_proto
 
 T = TypeVar("T")
 

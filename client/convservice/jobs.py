@@ -18,6 +18,7 @@ from convservice.arrays import Input, Options, network_dtype, result_shapes
 from convservice.bands import PAYLOAD_BYTES, Band, DataFormat, TensorSpec, band_rows_for
 from convservice.errors import InternalError, InvalidRequest, Reason
 from convservice.exchange import Done, Failed, ResultOpened, ResultReceiver, TensorSender
+from convservice.geometry import SampleShape
 from convservice.network import Network
 from convservice.packing import BandPacker
 from convservice.unpacking import BandUnpacker
@@ -229,7 +230,10 @@ class Collector:
 
     def result(self) -> Any:
         """The result in the rank and axis order of the user's input; a dict where there are several."""
-        found = {name: self._shaped(array) for name, array in self._arrays.items()}
+        found = {
+            output.name: self._shaped(self._arrays[output.name], output.spec.sample)
+            for output in self._job.outputs
+        }
         return found if len(found) > 1 else next(iter(found.values()))
 
     def _open(self, result: ResultSpec) -> None:
@@ -257,7 +261,9 @@ class Collector:
             )
         self.report = report
 
-    def _shaped(self, array: NDArray[Any]) -> NDArray[Any]:
+    def _shaped(self, array: NDArray[Any], sample: SampleShape) -> NDArray[Any]:
+        if sample.vector:
+            array = array.reshape(len(array), sample.channels)
         lead = 2 if self._job.bare else 0 if self._job.batched else 1
         return array.reshape(array.shape[lead:])
 

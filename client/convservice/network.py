@@ -80,7 +80,7 @@ class Network:
 
     def __init__(
         self,
-        layers: Sequence[Layer] | Sequence[Layer | Residual] | Sequence[Node],
+        layers: Sequence[Layer | Residual | Node],
         outputs: Mapping[str, str] | None = None,
     ) -> None:
         self.nodes: tuple[Node, ...] = nodes_of(layers)
@@ -227,7 +227,8 @@ class Network:
         if None in input_shape:
             at = list(input_shape).index(None)
             sizes = [size for size in input_shape if size is not None]
-            known = split_shape((*sizes[:at], 1, *sizes[at:]), self.rank)[1].with_rows(None)
+            rank = len(input_shape) - at if self.rank is None else self.rank
+            known = split_shape((*sizes[:at], 1, *sizes[at:]), rank)[1].with_rows(None)
         else:
             known = split_shape([size for size in input_shape if size is not None], self.rank)[1]
         given = dtype_of(dtype)

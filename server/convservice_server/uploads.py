@@ -14,7 +14,8 @@ from convservice.errors import InvalidRequest, Reason, ResourceExhausted
 from convservice.network import MAX_NODES, Network
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
-from convservice.wire.networks import network_from_proto, reference_from_proto, weight_from_proto
+from convservice.wire.networks import network_from_proto
+from convservice.wire.weights import reference_from_proto, weight_from_proto
 from convservice_server.calls import Call
 from convservice_server.store import Store
 

@@ -45,7 +45,8 @@ from convservice.wire.headers import (
     request_from_proto,
     result_to_proto,
 )
-from convservice.wire.networks import network_from_proto, network_to_proto, weight_from_proto
+from convservice.wire.networks import network_from_proto, network_to_proto
+from convservice.wire.weights import weight_from_proto
 
 Script = Callable[["FakeService", Iterator[pb.ConvolveStreamRequest], grpc.ServicerContext], Iterator[Any]]
 

@@ -112,8 +112,8 @@ def test_what_is_no_network_is_refused(client: ConvClient, layer: Any) -> None:
 
 
 def test_a_network_that_takes_any_rank_needs_samples(client: ConvClient) -> None:
-    with pytest.raises(InvalidRequest, match=r"\(N, C, \*spatial\) with 1 to 3 spatial axes"):
-        client.run(Activation("relu"), X[0, 0])
+    with pytest.raises(InvalidRequest, match=r"\(N, C, \*spatial\) with at most 3 spatial axes"):
+        client.run(Activation("relu"), X[0, 0, 0])
 
 
 LAYOUTS = [

@@ -27,7 +27,8 @@ from convservice.v1 import conv_pb2 as pb
 from convservice.v1 import conv_pb2_grpc
 from convservice.wire.enums import Precision
 from convservice.wire.headers import ResultSpec, TensorRequest, request_to_proto
-from convservice.wire.networks import inline_to_proto, reference_to_proto
+from convservice.wire.networks import inline_to_proto
+from convservice.wire.weights import reference_to_proto
 from convservice_backends.interface import Check, Description, SessionPlan
 from convservice_backends.registry import Registry
 from convservice_server.config import ServerConfig

@@ -16,6 +16,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from convservice.dtypes import FLOAT32
 from convservice.layers import Activation, Conv
 from convservice.network import Network
 from convservice.v1 import conv_pb2 as pb
@@ -23,6 +24,7 @@ from convservice.v1 import conv_pb2_grpc
 from convservice.wire.networks import inline_to_proto
 from convservice_server.config import ServerConfig
 from convservice_server.server import Server
+from tests.helpers import every_layer
 from tests.server.support import (
     WAIT,
     abort_message,
@@ -43,6 +45,8 @@ NETWORK = Network(
         Conv(np.ones((1, 2, 2, 2), np.float32)),
     ]
 )
+EVERY_LAYER = every_layer(FLOAT32)
+MAPS = np.arange(288, dtype=np.float32).reshape(2, 2, 8, 9) % 7
 FORBIDDEN = {
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
@@ -57,15 +61,19 @@ def messages() -> dict[str, list[Message]]:
     name = NETWORK.name
     inline = inline_to_proto(NETWORK)
     return {
-        "Convolve": [unary(NETWORK, X), unary(NETWORK, X, inline=False)],
+        "Convolve": [unary(NETWORK, X), unary(NETWORK, X, inline=False), unary(EVERY_LAYER, MAPS)],
         "ConvolveStream": [
             *tensor_messages(name, X, 0, message_bytes=50),
             *list(tensor_messages(name, X[:1], 1))[:2],
             abort_message(1),
             *tensor_messages(name, X, 2, band_rows=2),
+            *tensor_messages(EVERY_LAYER.name, MAPS, 3, band_rows=3),
         ],
         "PutWeights": list(put_messages(weight(3.0, 8), 16)),
-        "RegisterNetwork": [pb.RegisterNetworkRequest(network=inline)],
+        "RegisterNetwork": [
+            pb.RegisterNetworkRequest(network=inline),
+            pb.RegisterNetworkRequest(network=inline_to_proto(EVERY_LAYER)),
+        ],
         "GetNetwork": [pb.GetNetworkRequest(name=name)],
         "ListNetworks": [pb.ListNetworksRequest(page_size=2, page_token=name)],
         "DeleteNetwork": [pb.DeleteNetworkRequest(name=name)],

@@ -21,12 +21,8 @@ from convservice.layers import Activation, Conv
 from convservice.network import MAX_NODES, Network, Node
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
-from convservice.wire.networks import (
-    inline_to_proto,
-    network_from_proto,
-    network_to_proto,
-    weight_to_proto,
-)
+from convservice.wire.networks import inline_to_proto, network_from_proto, network_to_proto
+from convservice.wire.weights import weight_to_proto
 from convservice_backends.registry import Registry
 from convservice_server.calls import Call
 from convservice_server.config import ServerConfig

@@ -13,14 +13,16 @@ from convservice.bands import DataFormat, TensorSpec
 from convservice.dtypes import DTYPES, FLOAT32
 from convservice.errors import InvalidRequest, NetworkNotFound
 from convservice.geometry import MAX_SIZE, PaddingMode, SampleShape
-from convservice.layers import FUNCTIONS, Activation, Conv
-from convservice.network import Network, Node
+from convservice.layers import FUNCTIONS, Activation, Add, AvgPool, Conv, ConvTranspose, MaxPool
+from convservice.network import INPUT, Network, Node
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire import enums, headers, networks
+from convservice.wire import weights as carried
 from convservice.wire.enums import Precision
 from convservice.wire.headers import ResultSpec, TensorReport, TensorRequest
-from tests.strategies import Case, cases, specs
+from tests.helpers import every_layer
+from tests.strategies import Case, Fitted, cases, fitted, specs
 
 MILLISECONDS = st.integers(0, 2**40)
 
@@ -186,7 +188,7 @@ def test_a_header_that_breaks_a_rule_is_refused(message: pb.TensorHeader, reason
 def test_a_network_comes_back_as_it_was(case: Case) -> None:
     network = Network([Node("a", case.layer), Node("b", Activation("gelu"), ("a",))], {"x": "b", "y": "a"})
     message = pb.InlineNetwork.FromString(networks.inline_to_proto(network).SerializeToString())
-    weights = {tensor.digest: tensor for tensor in map(networks.weight_from_proto, message.weights)}
+    weights = {tensor.digest: tensor for tensor in map(carried.weight_from_proto, message.weights)}
     assert set(weights) == {tensor.digest for tensor in network.tensors}
     back = networks.network_from_proto(message.network, lambda tensor: weights[tensor.digest])
     assert back.canonical() == network.canonical()
@@ -196,6 +198,22 @@ def test_a_network_comes_back_as_it_was(case: Case) -> None:
     assert isinstance(again, Conv)
     assert first.weight.tobytes() == again.weight.tobytes()
     assert repr(first) == repr(again)
+
+
+@given(fitted())
+def test_every_layer_comes_back_as_it_was(case: Fitted) -> None:
+    inputs = (INPUT,) * case.layer.fewest_inputs
+    network = Network([Node("a", case.layer, inputs), Node("b", Add("relu"), ("a", "a", "a"))], {"x": "b"})
+    message = pb.InlineNetwork.FromString(networks.inline_to_proto(network).SerializeToString())
+    weights = {tensor.digest: tensor for tensor in map(carried.weight_from_proto, message.weights)}
+    back = networks.network_from_proto(message.network, lambda tensor: weights[tensor.digest])
+    assert back.canonical() == network.canonical()
+    layer = back.nodes[0].layer
+    assert type(layer) is type(case.layer)
+    assert repr(layer) == repr(case.layer)
+    assert layer.rank == case.layer.rank
+    assert layer.output_sample(case.sample) == case.layer.output_sample(case.sample)
+    assert [one.digest for one in layer.tensors] == [one.digest for one in case.layer.tensors]
 
 
 @given(cases())
@@ -236,6 +254,127 @@ def test_what_a_convolution_leaves_out_means_its_default() -> None:
     assert isinstance(layer, Conv)
     assert (layer.stride, layer.dilation, layer.groups) == ((1, 1), (1, 1), 1)
     assert (layer.padding, layer.padding_mode) == (((0, 0), (0, 0)), PaddingMode.ZEROS)
+
+
+def pool_node(**fields: Any) -> pb.Network:
+    """A network of one pooling of windows of 2, whose fields are set."""
+    given: dict[str, Any] = {"kernel_size": [2], **fields}
+    pool = pb.MaxPool(**given)
+    return pb.Network(
+        nodes=[pb.Node(id="n", inputs=["input"], max_pool=pool)],
+        outputs=[pb.NetworkOutput(name="o", node="n")],
+    )
+
+
+def padding(*pairs: tuple[int, int]) -> pb.Padding:
+    axes = [pb.AxisPadding(before=before, after=after) for before, after in pairs]
+    return pb.Padding(explicit=pb.ExplicitPadding(axes=axes))
+
+
+def test_what_a_pooling_leaves_out_means_its_default() -> None:
+    layer = networks.network_from_proto(pool_node()).nodes[0].layer
+    assert isinstance(layer, MaxPool)
+    assert layer.rank is None
+    assert (layer.kernel_size, layer.stride, layer.padding, layer.dilation) == (2, 2, 0, 1)
+    message = pool_node(rank=2, kernel_size=[2, 3])
+    layer = networks.network_from_proto(message).nodes[0].layer
+    assert isinstance(layer, MaxPool)
+    assert layer.rank == 2
+    assert (layer.stride, layer.padding, layer.dilation) == ((2, 3), ((0, 0), (0, 0)), (1, 1))
+    mean = pb.Network(
+        nodes=[pb.Node(id="n", inputs=["input"], avg_pool=pb.AvgPool(kernel_size=[2]))],
+        outputs=message.outputs,
+    )
+    means = networks.network_from_proto(mean).nodes[0].layer
+    assert isinstance(means, AvgPool)
+    assert means.count_include_pad
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank": 4, "kernel_size": [1, 1, 1, 1]},
+        {"rank": 2},
+        {"kernel_size": []},
+        {"kernel_size": [2, 2]},
+        {"kernel_size": [0]},
+        {"stride": [1, 1]},
+        {"stride": [0]},
+        {"dilation": [1, 1]},
+        {"rank": 1, "dilation": [0]},
+        {"padding": padding((0, 1))},
+        {"padding": padding((1, 1), (1, 1))},
+        {"rank": 1, "padding": padding((1, 1), (1, 1))},
+        {"kernel_size": [2**32 - 1]},
+    ],
+)
+def test_a_pooling_that_breaks_a_rule_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        networks.network_from_proto(pool_node(**fields))
+    assert caught.value.reason == "INVALID_PARAMETER"
+    assert caught.value.metadata["node"] == "n"
+
+
+def test_padding_as_wide_as_the_window_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"is \(2, 2\) and the window spans 2") as caught:
+        networks.network_from_proto(pool_node(padding=padding((2, 2))))
+    assert caught.value.reason == "PADDING_TOO_LARGE"
+
+
+def test_same_padding_says_nothing_of_a_transposed_convolution() -> None:
+    network = networks.network_to_proto(Network([ConvTranspose(np.ones((1, 1, 3), np.float32))]))
+    network.nodes[0].conv_transpose.padding.same.SetInParent()
+    with pytest.raises(InvalidRequest, match="'same' says nothing") as caught:
+        networks.network_from_proto(network)
+    assert caught.value.field == "padding"
+
+
+@pytest.mark.parametrize("inputs", [[], ["input"], ["input"] * 65])
+def test_a_sum_of_too_few_or_too_many_is_refused(inputs: list[str]) -> None:
+    message = pb.Network(
+        nodes=[pb.Node(id="n", inputs=inputs, add=pb.Add())], outputs=[pb.NetworkOutput(name="o", node="n")]
+    )
+    with pytest.raises(InvalidRequest, match=f"takes 2 to 64 inputs, not {len(inputs)}") as caught:
+        networks.network_from_proto(message)
+    assert caught.value.reason == "INVALID_NETWORK"
+
+
+@pytest.mark.parametrize("name", ["locally_connected", "conv_transpose", "linear"])
+def test_a_layer_without_its_weight_is_refused(name: str) -> None:
+    kind: Any = {
+        "locally_connected": pb.LocallyConnected,
+        "conv_transpose": pb.ConvTranspose,
+        "linear": pb.Linear,
+    }[name]
+    message = pb.Network(
+        nodes=[pb.Node(id="n", inputs=["input"], **{name: kind()})],
+        outputs=[pb.NetworkOutput(name="o", node="n")],
+    )
+    with pytest.raises(InvalidRequest, match=r"layer 0 \(id 'n'\): .* needs a weight") as caught:
+        networks.network_from_proto(message)
+    assert caught.value.reason == "INVALID_NETWORK"
+
+
+@given(st.integers(1, MAX_SIZE))
+def test_a_vectors_shape_comes_back_as_it_was(features: int) -> None:
+    sample = SampleShape.of_vector(features)
+    message = pb.SampleShape.FromString(headers.sample_to_proto(sample).SerializeToString())
+    assert headers.sample_from_proto(message) == sample
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.SampleShape(vector=True),
+        pb.SampleShape(vector=True, channels=MAX_SIZE + 1),
+        pb.SampleShape(vector=True, channels=3, rows=2),
+        pb.SampleShape(vector=True, channels=3, rest=[1]),
+    ],
+)
+def test_a_vector_with_axes_or_without_features_is_refused(message: pb.SampleShape) -> None:
+    with pytest.raises(InvalidRequest, match="a vector has 1 to") as caught:
+        headers.sample_from_proto(message)
+    assert caught.value.reason == "INVALID_SHAPE"
 
 
 def reference(
@@ -307,13 +446,11 @@ def test_a_convolution_without_a_weight_is_refused() -> None:
 def test_weights_of_another_size_are_refused(size: int) -> None:
     message = pb.WeightTensor(data_type=pb.DATA_TYPE_FLOAT32, shape=[1, 1, 9], data=bytes(size))
     with pytest.raises(InvalidRequest, match=f"has 36 bytes, {size} were sent") as caught:
-        networks.weight_from_proto(message)
+        carried.weight_from_proto(message)
     assert caught.value.reason == "PAYLOAD_SIZE"
 
 
-VALID = networks.network_to_proto(
-    Network([Conv(np.ones((2, 1, 3, 3), np.float32), padding=1, activation="gelu"), Activation("leaky_relu")])
-).SerializeToString()
+VALID = networks.network_to_proto(every_layer(FLOAT32)).SerializeToString()
 
 
 @given(

@@ -36,6 +36,8 @@ class Pool(Layer):
         ceil_mode: whether a last window may reach beyond the padding.
     """
 
+    _own: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         kernel_size: int | Sequence[int],
@@ -125,10 +127,8 @@ class Pool(Layer):
         }
 
     def __repr__(self) -> str:
-        options = {"kernel_size": self.kernel_size, "stride": self.stride, "padding": self.padding}
-        rest = {key: value for key, value in self._options().items() if key != "type"}
-        given = {**options, **rest, "ceil_mode": self.ceil_mode}
-        return f"{self.type_name}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        names = ["kernel_size", "stride", "padding", *self._own, "ceil_mode"]
+        return f"{self.type_name}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 class MaxPool(Pool):
@@ -151,6 +151,7 @@ class MaxPool(Pool):
     """
 
     type_name: ClassVar[str] = "MaxPool"
+    _own: ClassVar[tuple[str, ...]] = ("dilation",)
 
     def __init__(
         self,
@@ -192,6 +193,7 @@ class AvgPool(Pool):
     """
 
     type_name: ClassVar[str] = "AvgPool"
+    _own: ClassVar[tuple[str, ...]] = ("count_include_pad",)
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ Conventions that hold for every message:
     another; a band is C-contiguous `(channels, band_rows, *rest)`, or `(band_rows, *rest, channels)`
     for DATA_FORMAT_CHANNELS_LAST. The last band of a sample holds what rows are left. A tensor whose
     `band_rows` is at least its number of rows is therefore simply `(samples, channels, rows, *rest)`.
+  * A vector (`SampleShape.vector`) is one row of one position: its bytes are those of its channels.
   * Bands and messages need not align: a message may hold many bands or a part of one.
   * A refused call carries google.rpc.Status with one google.rpc.ErrorInfo (domain
     "convservice.v1", a stable `reason`, the numbers as metadata) and, for a bad shape, a
@@ -215,11 +216,16 @@ class SampleShape(_message.Message):
     CHANNELS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     REST_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
     channels: _builtins.int
     """Number of channels, at least 1."""
     rows: _builtins.int
     """Size of the first spatial axis, at least 1. Absent: not known yet, the End tells. Only one sample
     may flow then, and a layer that needs the height refuses it (INVALID_ARGUMENT, HEIGHT_REQUIRED).
+    """
+    vector: _builtins.bool
+    """The sample is a vector of `channels` features, without spatial axes: what Flatten and Linear give and
+    Linear takes. `rows` must then be absent or 1, `rest` empty (INVALID_ARGUMENT, INVALID_SHAPE).
     """
     @_builtins.property
     def rest(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -231,10 +237,11 @@ class SampleShape(_message.Message):
         channels: _builtins.int = ...,
         rows: _builtins.int | None = ...,
         rest: _abc.Iterable[_builtins.int] | None = ...,
+        vector: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rows", b"_rows", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rows", b"_rows", "channels", b"channels", "rest", b"rest", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rows", b"_rows", "channels", b"channels", "rest", b"rest", "rows", b"rows", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rows: _TypeAlias = _typing.Literal["rows"]  # noqa: Y015
     _WhichOneofArgType__rows: _TypeAlias = _typing.Literal["_rows", b"_rows"]  # noqa: Y015
@@ -503,8 +510,361 @@ class Conv(_message.Message):
 Global___Conv: _TypeAlias = Conv  # noqa: Y015
 
 @_typing.final
+class MaxPool(_message.Message):
+    """The largest value of each window, channel by channel; padding never wins, NaN always does. A window that
+    looks at padding alone, as one with a dilation may, gives minus infinity.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    KERNEL_SIZE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    DILATION_FIELD_NUMBER: _builtins.int
+    CEIL_MODE_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Number of spatial axes of the data, 1 to 3. 0: any; kernel_size, stride and dilation then have at most
+    one entry, which holds for all axes, and an explicit padding one axis with before and after equal.
+    """
+    ceil_mode: _builtins.bool
+    """Round the number of windows up: a last one may reach beyond the padding, but never begins beyond the
+    last element.
+    """
+    @_builtins.property
+    def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes of the window per spatial axis, each at least 1."""
+
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Step between neighbouring windows per spatial axis, each at least 1; empty: the kernel's sizes."""
+
+    @_builtins.property
+    def padding(self) -> Global___Padding:
+        """What surrounds the input: smaller than the window, (kernel_size - 1) * dilation + 1 (INVALID_ARGUMENT,
+        PADDING_TOO_LARGE).
+        """
+
+    @_builtins.property
+    def dilation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Step between the positions that a window looks at per spatial axis, each at least 1; empty: all 1."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        kernel_size: _abc.Iterable[_builtins.int] | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+        padding: Global___Padding | None = ...,
+        dilation: _abc.Iterable[_builtins.int] | None = ...,
+        ceil_mode: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["padding", b"padding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ceil_mode", b"ceil_mode", "dilation", b"dilation", "kernel_size", b"kernel_size", "padding", b"padding", "rank", b"rank", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MaxPool: _TypeAlias = MaxPool  # noqa: Y015
+
+@_typing.final
+class AvgPool(_message.Message):
+    """The mean of each window, channel by channel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    KERNEL_SIZE_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    CEIL_MODE_FIELD_NUMBER: _builtins.int
+    COUNT_INCLUDE_PAD_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """As in MaxPool."""
+    ceil_mode: _builtins.bool
+    """As in MaxPool. Positions beyond the padding never count."""
+    count_include_pad: _builtins.bool
+    """Whether positions in the padding count in the number that the sum is divided by; unset: true."""
+    @_builtins.property
+    def kernel_size(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in MaxPool."""
+
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in MaxPool."""
+
+    @_builtins.property
+    def padding(self) -> Global___Padding:
+        """As in MaxPool; it adds the value 0."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        kernel_size: _abc.Iterable[_builtins.int] | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+        padding: Global___Padding | None = ...,
+        ceil_mode: _builtins.bool = ...,
+        count_include_pad: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad", "count_include_pad", b"count_include_pad", "padding", b"padding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad", "ceil_mode", b"ceil_mode", "count_include_pad", b"count_include_pad", "kernel_size", b"kernel_size", "padding", b"padding", "rank", b"rank", "stride", b"stride"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__count_include_pad: _TypeAlias = _typing.Literal["count_include_pad"]  # noqa: Y015
+    _WhichOneofArgType__count_include_pad: _TypeAlias = _typing.Literal["_count_include_pad", b"_count_include_pad"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__count_include_pad) -> _WhichOneofReturnType__count_include_pad | None: ...
+
+Global___AvgPool: _TypeAlias = AvgPool  # noqa: Y015
+
+@_typing.final
+class GlobalMaxPool(_message.Message):
+    """The largest value of each channel; NaN where it has one. Every spatial axis becomes 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GlobalMaxPool: _TypeAlias = GlobalMaxPool  # noqa: Y015
+
+@_typing.final
+class GlobalAvgPool(_message.Message):
+    """The mean of each channel. Every spatial axis becomes 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GlobalAvgPool: _TypeAlias = GlobalAvgPool  # noqa: Y015
+
+@_typing.final
+class LocallyConnected(_message.Message):
+    """A convolution whose filters differ from position to position:
+    y[o, i] = bias[o, i] + sum over c, k of weight[o, c, i, k] * x[c, i * stride + k * dilation - padding].
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    DILATION_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    groups: _builtins.int
+    """As in Conv."""
+    @_builtins.property
+    def weight(self) -> Global___TensorReference:
+        """The filters, shape (out_channels, in_channels / groups, *output_spatial, *kernel). An input that would
+        give another output size is INVALID_ARGUMENT, INVALID_SHAPE; an unknown height HEIGHT_REQUIRED.
+        """
+
+    @_builtins.property
+    def bias(self) -> Global___TensorReference:
+        """The thresholds, shape (out_channels,) or (out_channels, *output_spatial); unset: none."""
+
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in Conv."""
+
+    @_builtins.property
+    def padding(self) -> Global___Padding:
+        """As in Conv; it reads the value 0."""
+
+    @_builtins.property
+    def dilation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in Conv."""
+
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """Applied to the sum; unset: linear."""
+
+    def __init__(
+        self,
+        *,
+        weight: Global___TensorReference | None = ...,
+        bias: Global___TensorReference | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+        padding: Global___Padding | None = ...,
+        dilation: _abc.Iterable[_builtins.int] | None = ...,
+        groups: _builtins.int = ...,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "padding", b"padding", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "dilation", b"dilation", "groups", b"groups", "padding", b"padding", "stride", b"stride", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocallyConnected: _TypeAlias = LocallyConnected  # noqa: Y015
+
+@_typing.final
+class ConvTranspose(_message.Message):
+    """A transposed convolution: y[o, j] = bias[o] + sum of weight[c, o, k] * x[c, p] over all c, p, k with
+    p * stride - padding + k * dilation = j.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
+    PADDING_FIELD_NUMBER: _builtins.int
+    OUTPUT_PADDING_FIELD_NUMBER: _builtins.int
+    DILATION_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    groups: _builtins.int
+    """Number of channel groups that do not see one another; divides both channel numbers. 0: 1."""
+    @_builtins.property
+    def weight(self) -> Global___TensorReference:
+        """The filter bank, shape (in_channels, out_channels / groups, *kernel)."""
+
+    @_builtins.property
+    def bias(self) -> Global___TensorReference:
+        """The thresholds, shape (out_channels,); unset: none."""
+
+    @_builtins.property
+    def stride(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Step between the neurons that neighbouring positions contribute to, per spatial axis, each at least 1;
+        empty: all 1.
+        """
+
+    @_builtins.property
+    def padding(self) -> Global___Padding:
+        """Neurons left out at each end, in numbers; SamePadding is INVALID_ARGUMENT, INVALID_PARAMETER."""
+
+    @_builtins.property
+    def output_padding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Neurons added at the end per spatial axis, each smaller than stride or dilation; empty: all 0."""
+
+    @_builtins.property
+    def dilation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Step between neighbouring weights per spatial axis, each at least 1; empty: all 1."""
+
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """Applied to the sum; unset: linear."""
+
+    def __init__(
+        self,
+        *,
+        weight: Global___TensorReference | None = ...,
+        bias: Global___TensorReference | None = ...,
+        stride: _abc.Iterable[_builtins.int] | None = ...,
+        padding: Global___Padding | None = ...,
+        output_padding: _abc.Iterable[_builtins.int] | None = ...,
+        dilation: _abc.Iterable[_builtins.int] | None = ...,
+        groups: _builtins.int = ...,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "padding", b"padding", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "dilation", b"dilation", "groups", b"groups", "output_padding", b"output_padding", "padding", b"padding", "stride", b"stride", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConvTranspose: _TypeAlias = ConvTranspose  # noqa: Y015
+
+@_typing.final
+class Add(_message.Message):
+    """The sum of two or more feature maps of one shape, element by element (else INVALID_ARGUMENT,
+    INVALID_SHAPE).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """Applied to the sum; unset: linear."""
+
+    def __init__(
+        self,
+        *,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Add: _TypeAlias = Add  # noqa: Y015
+
+@_typing.final
+class Flatten(_message.Message):
+    """Feature maps as a vector, in the order (channels, rows, *rest). An unknown height is INVALID_ARGUMENT,
+    HEIGHT_REQUIRED.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Flatten: _TypeAlias = Flatten  # noqa: Y015
+
+@_typing.final
+class Linear(_message.Message):
+    """A fully connected layer on vectors: y = weight x + bias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def weight(self) -> Global___TensorReference:
+        """The weights, shape (out_features, in_features)."""
+
+    @_builtins.property
+    def bias(self) -> Global___TensorReference:
+        """The thresholds, shape (out_features,); unset: none."""
+
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """Applied to the sum; unset: linear."""
+
+    def __init__(
+        self,
+        *,
+        weight: Global___TensorReference | None = ...,
+        bias: Global___TensorReference | None = ...,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "bias", b"bias", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Linear: _TypeAlias = Linear  # noqa: Y015
+
+@_typing.final
 class Node(_message.Message):
-    """One layer of a network and where its input comes from."""
+    """One layer of a network and where its inputs come from."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -512,11 +872,22 @@ class Node(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     CONV_FIELD_NUMBER: _builtins.int
     ACTIVATION_FIELD_NUMBER: _builtins.int
+    MAX_POOL_FIELD_NUMBER: _builtins.int
+    AVG_POOL_FIELD_NUMBER: _builtins.int
+    GLOBAL_MAX_POOL_FIELD_NUMBER: _builtins.int
+    GLOBAL_AVG_POOL_FIELD_NUMBER: _builtins.int
+    LOCALLY_CONNECTED_FIELD_NUMBER: _builtins.int
+    CONV_TRANSPOSE_FIELD_NUMBER: _builtins.int
+    ADD_FIELD_NUMBER: _builtins.int
+    FLATTEN_FIELD_NUMBER: _builtins.int
+    LINEAR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the network: letters, digits, '_', '-', '.', at most 64; not "input"."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of earlier nodes, or "input" for the network's own input; as many as the layer takes."""
+        """Ids of earlier nodes, or "input" for the network's own input; as many as the layer takes: 2 to 64 for
+        Add, 1 for all others (INVALID_ARGUMENT, INVALID_NETWORK).
+        """
 
     @_builtins.property
     def conv(self) -> Global___Conv:
@@ -526,6 +897,42 @@ class Node(_message.Message):
     def activation(self) -> Global___Activation:
         """An elementwise function."""
 
+    @_builtins.property
+    def max_pool(self) -> Global___MaxPool:
+        """The largest value of each window."""
+
+    @_builtins.property
+    def avg_pool(self) -> Global___AvgPool:
+        """The mean of each window."""
+
+    @_builtins.property
+    def global_max_pool(self) -> Global___GlobalMaxPool:
+        """The largest value of each channel."""
+
+    @_builtins.property
+    def global_avg_pool(self) -> Global___GlobalAvgPool:
+        """The mean of each channel."""
+
+    @_builtins.property
+    def locally_connected(self) -> Global___LocallyConnected:
+        """Weights that are not shared."""
+
+    @_builtins.property
+    def conv_transpose(self) -> Global___ConvTranspose:
+        """A transposed convolution."""
+
+    @_builtins.property
+    def add(self) -> Global___Add:
+        """The sum of several inputs."""
+
+    @_builtins.property
+    def flatten(self) -> Global___Flatten:
+        """Feature maps as a vector."""
+
+    @_builtins.property
+    def linear(self) -> Global___Linear:
+        """Full connectivity."""
+
     def __init__(
         self,
         *,
@@ -533,12 +940,21 @@ class Node(_message.Message):
         inputs: _abc.Iterable[_builtins.str] | None = ...,
         conv: Global___Conv | None = ...,
         activation: Global___Activation | None = ...,
+        max_pool: Global___MaxPool | None = ...,
+        avg_pool: Global___AvgPool | None = ...,
+        global_max_pool: Global___GlobalMaxPool | None = ...,
+        global_avg_pool: Global___GlobalAvgPool | None = ...,
+        locally_connected: Global___LocallyConnected | None = ...,
+        conv_transpose: Global___ConvTranspose | None = ...,
+        add: Global___Add | None = ...,
+        flatten: Global___Flatten | None = ...,
+        linear: Global___Linear | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "conv", b"conv", "layer", b"layer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "add", b"add", "avg_pool", b"avg_pool", "conv", b"conv", "conv_transpose", b"conv_transpose", "flatten", b"flatten", "global_avg_pool", b"global_avg_pool", "global_max_pool", b"global_max_pool", "layer", b"layer", "linear", b"linear", "locally_connected", b"locally_connected", "max_pool", b"max_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "conv", b"conv", "id", b"id", "inputs", b"inputs", "layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation", "add", b"add", "avg_pool", b"avg_pool", "conv", b"conv", "conv_transpose", b"conv_transpose", "flatten", b"flatten", "global_avg_pool", b"global_avg_pool", "global_max_pool", b"global_max_pool", "id", b"id", "inputs", b"inputs", "layer", b"layer", "linear", b"linear", "locally_connected", b"locally_connected", "max_pool", b"max_pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["conv", "activation"]  # noqa: Y015
+    _WhichOneofReturnType_layer: _TypeAlias = _typing.Literal["conv", "activation", "max_pool", "avg_pool", "global_max_pool", "global_avg_pool", "locally_connected", "conv_transpose", "add", "flatten", "linear"]  # noqa: Y015
     _WhichOneofArgType_layer: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_layer) -> _WhichOneofReturnType_layer | None: ...
 
@@ -579,7 +995,16 @@ class Network(_message.Message):
     in the order given, where L is, with every default filled in and one entry per spatial axis,
       {"type": "conv", "weight": hex digest, "bias": hex digest or null, "stride": [..], "dilation": [..],
        "padding": "same" or [[before, after], ..], "groups", "padding_mode": "zeros" | "reflect" |
-       "replicate", "activation": A}   or   {"type": "activation", "activation": A}
+       "replicate", "activation": A}
+      {"type": "activation", "activation": A}
+      {"type": "max_pool", "kernel_size": [..], "stride": [..], "dilation": [..], "padding": "same" or
+       [[before, after], ..], "ceil_mode": bool}, for a rank of 0 with one integer in place of each list
+      {"type": "avg_pool", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad": bool}, as before
+      {"type": "global_max_pool"}, {"type": "global_avg_pool"} or {"type": "flatten"}
+      {"type": "locally_connected", ...} with the keys of "conv" but "padding_mode"
+      {"type": "conv_transpose", ...} with the keys of "locally_connected" and "output_padding": [..]
+      {"type": "add", "activation": A}
+      {"type": "linear", "weight", "bias", "activation": A}
     and A is {"function": lower-case name} with, for leaky_relu, "negative_slope": the 16 lower-case
     hexadecimal digits of its binary64, most significant first.
     """
@@ -825,7 +1250,9 @@ class ResultHeader(_message.Message):
     block_rows: _builtins.int
     """Rows of this output that are computed together; they leave as soon as their input is there."""
     first_block_input_rows: _builtins.int
-    """Input rows, from the first, that the first block needs: no output leaves before they have come."""
+    """Input rows, from the first, that the first block needs: no output leaves before they have come;
+    2**31 - 1 where that is all of them and the height is not known.
+    """
     @_builtins.property
     def sample_shape(self) -> Global___SampleShape:
         """The shape of each sample; rows absent when the input's are."""

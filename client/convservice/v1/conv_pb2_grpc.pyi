@@ -14,6 +14,7 @@ Conventions that hold for every message:
     another; a band is C-contiguous `(channels, band_rows, *rest)`, or `(band_rows, *rest, channels)`
     for DATA_FORMAT_CHANNELS_LAST. The last band of a sample holds what rows are left. A tensor whose
     `band_rows` is at least its number of rows is therefore simply `(samples, channels, rows, *rest)`.
+  * A vector (`SampleShape.vector`) is one row of one position: its bytes are those of its channels.
   * Bands and messages need not align: a message may hold many bands or a part of one.
   * A refused call carries google.rpc.Status with one google.rpc.ErrorInfo (domain
     "convservice.v1", a stable `reason`, the numbers as metadata) and, for a bad shape, a

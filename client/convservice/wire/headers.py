@@ -83,7 +83,9 @@ class TensorReport:
 
 
 def sample_to_proto(sample: SampleShape) -> pb.SampleShape:
-    """A sample's shape; rows absent where not known."""
+    """A sample's shape; rows absent where not known, and where it is a vector."""
+    if sample.vector:
+        return pb.SampleShape(channels=sample.channels, vector=True)
     return pb.SampleShape(channels=sample.channels, rows=sample.rows, rest=sample.rest)
 
 
@@ -94,6 +96,8 @@ def sample_from_proto(message: pb.SampleShape) -> SampleShape:
         InvalidRequest: `INVALID_SHAPE` for a size below 1 or above 2**31 - 1 or too many axes.
     """
     rows = message.rows if message.HasField("rows") else None
+    if message.vector:
+        return _vector_from_proto(message)
     sizes = [message.channels, *([] if rows is None else [rows]), *message.rest]
     if min(sizes) < 1 or max(sizes) > MAX_SIZE or len(message.rest) >= MAX_RANK:
         raise InvalidRequest(
@@ -104,6 +108,19 @@ def sample_from_proto(message: pb.SampleShape) -> SampleShape:
             field="sample_shape",
         )
     return SampleShape(message.channels, rows, tuple(message.rest))
+
+
+def _vector_from_proto(message: pb.SampleShape) -> SampleShape:
+    rows = message.rows if message.HasField("rows") else 1
+    if rows != 1 or message.rest or not 1 <= message.channels <= MAX_SIZE:
+        raise InvalidRequest(
+            f"a vector has 1 to {MAX_SIZE} channels and no spatial axes, not"
+            f" {(message.channels, rows, *message.rest)}",
+            reason=Reason.INVALID_SHAPE,
+            metadata={"shape": str((message.channels, rows, *message.rest))},
+            field="sample_shape",
+        )
+    return SampleShape.of_vector(message.channels)
 
 
 def request_to_proto(request: TensorRequest) -> pb.TensorHeader:
