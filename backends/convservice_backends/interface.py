@@ -7,7 +7,7 @@ their blocks are computed. A backend knows arithmetic only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -145,4 +145,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Stops its workers; no session may be open."""
+        ...
+
+
+@runtime_checkable
+class TellsDeviceMemory(Protocol):
+    """A backend that can say what is taken of its devices' memory, for those who watch it."""
+
+    def device_memory(self) -> Sequence[tuple[int, int]]:
+        """Per device: bytes that tensors and weights take, and the most that may be taken. It asks no device,
+        so that it answers at once."""
         ...

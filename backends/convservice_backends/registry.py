@@ -133,6 +133,10 @@ class Registry:
             reason=Reason.BACKEND_UNAVAILABLE,
         )
 
+    def constructed(self) -> dict[str, Backend | None]:
+        """Each name's backend; None for one that cannot run here or was never asked for."""
+        return {name: self._places[name].made for name in self.names}
+
     def statuses(self) -> tuple[Status, ...]:
         """Every backend, tried, with the reason where it cannot run."""
         try:

@@ -91,6 +91,7 @@ class ConvServiceError(Exception):
         target: the server the call went to, where there was one.
         method: the RPC's name, where there was one.
         retry_after: seconds after which the same call may succeed, where the server said so.
+        request_id: the call's id, under which the server's log has it; None where no call was made.
     """
 
     code: ClassVar[int] = code_pb2.UNKNOWN
@@ -105,6 +106,7 @@ class ConvServiceError(Exception):
         target: str | None = None,
         method: str | None = None,
         retry_after: float | None = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -114,6 +116,7 @@ class ConvServiceError(Exception):
         self.target = target
         self.method = method
         self.retry_after = retry_after
+        self.request_id = request_id
 
     def __str__(self) -> str:
         return self.message
@@ -206,6 +209,9 @@ _CLASS_OF_CODE: dict[int, type[ConvServiceError]] = {
     code_pb2.UNAVAILABLE: ServiceUnavailable,
     code_pb2.DATA_LOSS: InternalError,
 }
+_REQUEST_ID = "request_id"
+"""The name among an ErrorInfo's metadata under which the call's id travels."""
+
 _MISSING_THERE = {Reason.NETWORK_NOT_REGISTERED, Reason.WEIGHTS_MISSING}
 
 
@@ -213,9 +219,10 @@ def to_status(error: ConvServiceError) -> status_pb2.Status:
     """The google.rpc.Status that carries `error`: its code and message, an ErrorInfo, and where they
     apply a BadRequest with the field and a RetryInfo."""
     code = code_pb2.FAILED_PRECONDITION if error.reason in _MISSING_THERE else error.code
-    details = [
-        _packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
-    ]
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    if error.request_id is not None:
+        info.metadata[_REQUEST_ID] = error.request_id
+    details = [_packed(info)]
     if error.field is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
         details.append(_packed(error_details_pb2.BadRequest(field_violations=[violation])))
@@ -245,17 +252,20 @@ def from_status(
         _unpack(detail, bad)
         if _unpack(detail, retry):
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    metadata = dict(info.metadata)
+    request_id = metadata.pop(_REQUEST_ID, None)
     cls = _CLASS_OF_CODE.get(status.code, InternalError)
     if info.reason in _MISSING_THERE:
         cls = NetworkNotFound
     return cls(
         status.message or code_name(status.code),
         reason=info.reason,
-        metadata=dict(info.metadata),
+        metadata=metadata,
         field=bad.field_violations[0].field if bad.field_violations else None,
         target=target,
         method=method,
         retry_after=retry_after,
+        request_id=request_id,
     )
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from convservice.errors import Cancelled, DeadlineExceeded, Reason
+from convservice_server.records import CallRecord
 
 Clock = Callable[[], float]
 """Seconds that never go back, such as `time.monotonic`."""
@@ -30,6 +31,7 @@ class Call:
         deadline: by `clock`, when the caller stops waiting; None for never.
         clock: tells the time.
         still_allowed: returns while the owner may begin anything more, else raises `Unauthenticated`.
+        record: what is known of it; a new one where not given.
 
     Attributes:
         wait_until: by `clock`, when a wait for this call's next message ends in `WaitEnded`; None for never.
@@ -42,9 +44,13 @@ class Call:
         deadline: float | None = None,
         clock: Clock = time.monotonic,
         still_allowed: Callable[[], None] = allowed,
+        *,
+        record: CallRecord | None = None,
     ) -> None:
         self.owner = owner
         self.still_allowed = still_allowed
+        self.record = CallRecord() if record is None else record
+        self.record.owner = owner
         self.wait_until: float | None = None
         self._deadline = deadline
         self._clock = clock

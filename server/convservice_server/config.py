@@ -43,6 +43,7 @@ class ServerConfig:
     Attributes:
         listen: `HOST:PORT` to listen on; port 0 picks a free one; an IPv6 host stands in brackets.
         health_listen: likewise, for health checks alone, in plaintext; None for no such port.
+        metrics: likewise, for Prometheus's page over HTTP; None for none.
         backend: the backend for tensors that name none; `"auto"` takes the first that works.
         memory_budget_bytes: for all running tensors together; half of the memory that the process leaves.
         weights_budget_bytes: for all weights together, prepared forms included; a quarter of it.
@@ -73,6 +74,7 @@ class ServerConfig:
 
     listen: str = "127.0.0.1:50051"
     health_listen: str | None = None
+    metrics: str | None = None
     backend: str = "auto"
     memory_budget_bytes: int = _default("memory_budget_bytes")
     weights_budget_bytes: int = _default("weights_budget_bytes")
@@ -96,8 +98,9 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         split_address(self.listen)
-        if self.health_listen is not None:
-            split_address(self.health_listen, "health_listen")
+        for name in ("health_listen", "metrics"):
+            if getattr(self, name) is not None:
+                split_address(getattr(self, name), name)
         for name in (
             "memory_budget_bytes",
             "weights_budget_bytes",

@@ -24,6 +24,7 @@ from convservice_server.config import ServerConfig
 from convservice_server.guard import Door
 from convservice_server.inbox import Inbox
 from convservice_server.lanes import Lane
+from convservice_server.observing import Calls
 from convservice_server.service import Service
 from convservice_server.status import abort
 from convservice_server.watchdog import Watchdog
@@ -42,11 +43,13 @@ class Host:
         config: the limits.
         watchdog: ends calls whose peer does not move.
         door: knows whose calls they are.
+        calls: knows more of each.
     """
 
-    def __init__(self, config: ServerConfig, watchdog: Watchdog, door: Door) -> None:
+    def __init__(self, config: ServerConfig, watchdog: Watchdog, door: Door, calls: Calls) -> None:
         self.watchdog = watchdog
         self._door = door
+        self._records = calls
         self.streams = Lane("streams", config.max_streams)
         self.uploads = Lane("uploads and reflection calls", config.max_uploads)
         self._config = config
@@ -62,7 +65,8 @@ class Host:
         left = context.time_remaining()
         caller = self._door.caller(context)
         deadline = None if left > _FOREVER else time.monotonic() + left
-        call = Call(caller.name, deadline, still_allowed=caller.check)
+        record = self._records.record(context)
+        call = Call(caller.name, deadline, still_allowed=caller.check, record=record)
 
         def ended() -> None:
             call.give_up()

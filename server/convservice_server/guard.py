@@ -11,7 +11,6 @@ wait is given workers of its own.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, cast
@@ -24,8 +23,6 @@ from convservice.errors import InvalidRequest, Reason, Unauthenticated
 from convservice_server.access import Access, Caller, Identity
 from convservice_server.status import abort
 from convservice_server.watchdog import Watchdog
-
-log = logging.getLogger(__name__)
 
 Behavior = Callable[..., Any]
 Parse = Callable[[bytes], Any]
@@ -44,13 +41,11 @@ class Door:
         self._callers: WeakKeyDictionary[grpc.ServicerContext, Caller] = WeakKeyDictionary()
 
     def admit(self, context: grpc.ServicerContext) -> None:
-        """Returns if the call may go on; else ends it, and logs where it came from."""
+        """Returns if the call may go on; else ends it."""
         identity = cast("Identity", context.auth_context)  # gRPC's stubs know nothing of the lists
         try:
             self._callers[context] = self._access.admit(context.invocation_metadata(), identity)
         except Unauthenticated as exc:
-            fields = {"peer": context.peer(), "reason": exc.reason}
-            log.info("a call is refused", extra={"fields": fields})
             abort(context, exc)
 
     def caller(self, context: grpc.ServicerContext) -> Caller:

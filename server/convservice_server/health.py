@@ -57,8 +57,16 @@ class Health:
         self._registry.watch(self._backend_changed)
         self._judge()
 
+    @property
+    def serves(self) -> bool:
+        """Whether the server as a whole serves."""
+        with self._lock:
+            return self._told[""]
+
     def drain(self) -> None:
         """Says NOT_SERVING from now on, of everything."""
+        with self._lock:
+            self._told[""] = False
         self.servicer.enter_graceful_shutdown()
 
     def _backend_changed(self, name: str, serves: bool) -> None:

@@ -11,6 +11,31 @@ from convservice.errors import Reason, ResourceExhausted
 _RETRY_AFTER = 1.0
 
 
+class Count:
+    """How many of something there are now."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _now
+        self._now = 0
+
+    @property
+    def now(self) -> int:
+        """The count."""
+        with self._lock:
+            return self._now
+
+    @contextmanager
+    def one(self) -> Generator[None]:
+        """Counts one more while the context lasts."""
+        with self._lock:
+            self._now += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._now -= 1
+
+
 class Lane:
     """One kind of call.
 

@@ -7,7 +7,7 @@ import socket
 import grpc
 
 from convservice.bands import PAYLOAD_BYTES
-from convservice.errors import Reason, ServiceUnavailable
+from convservice.errors import InvalidRequest, Reason, ServiceUnavailable
 from convservice_server.config import split_address
 
 
@@ -43,6 +43,16 @@ def bind(
         return server.add_secure_port(address, credentials)
     except RuntimeError as exc:
         raise cannot_listen(setting, address, exc) from exc
+
+
+def missing_package(setting: str, exc: ModuleNotFoundError, extra: str) -> InvalidRequest:
+    """The error for a setting that needs a package which is not installed."""
+    return InvalidRequest(
+        f"{setting} needs the package {exc.name}: pip install 'convservice[{extra}]'",
+        reason=Reason.INVALID_PARAMETER,
+        metadata={"package": str(exc.name)},
+        field=setting,
+    )
 
 
 def cannot_listen(setting: str, address: str, exc: Exception) -> ServiceUnavailable:

@@ -1,21 +1,20 @@
 """One tensor's passage through one network, from its header to its report.
 
 Given a tensor's header, `Passage` finds network and backend, plans, reserves the memory and opens a session;
-given bands of input it hands on the outputs' bytes as soon as they are computed. It measures what it does and
-writes the one line that the log has about a tensor, whatever came of it. The stream and the unary call are
-both made of it.
+given bands of input it hands on the outputs' bytes as soon as they are computed. It measures what it does,
+and tells observers how the tensor ended, whatever came of it. The stream and the unary call are both made of
+it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from convservice.bands import Band
-from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason, code_name, to_status
+from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason
 from convservice.packing import BandPacker
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import ResultSpec, TensorReport, TensorRequest
@@ -24,9 +23,10 @@ from convservice_backends.registry import Registry
 from convservice_server.admission import Admission, largest_holding
 from convservice_server.calls import Call, Clock
 from convservice_server.faults import as_error
+from convservice_server.lanes import Count
+from convservice_server.observation import Observation
+from convservice_server.records import Meter, TensorRecord
 from convservice_server.store import Store
-
-log = logging.getLogger(__name__)
 
 AtHand = Callable[[], bool]
 """Whether the next rows have already come."""
@@ -46,12 +46,16 @@ class Engine:
         store: the networks.
         admission: the memory.
         clock: tells the time.
+        observation: told of every tensor.
+        bands: counts those that are taken and not computed yet.
     """
 
     registry: Registry
     store: Store
     admission: Admission
     clock: Clock
+    observation: Observation
+    bands: Count
 
 
 class Packing(NamedTuple):
@@ -74,34 +78,6 @@ class Piece(NamedTuple):
     data: bytes
 
 
-@dataclass
-class Meter:
-    """What a tensor took: seconds per phase, input rows, bytes of output."""
-
-    clock: Clock
-    receive: float = 0.0
-    compute: float = 0.0
-    send: float = 0.0
-    bytes_out: int = 0
-    rows: int = 0
-    reserved: int = 0
-    started: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.started = self.clock()
-
-    def computed(self, bands: Iterable[Band]) -> Iterator[Band]:
-        """The bands as they are computed, the time for each counted."""
-        iterator = iter(bands)
-        while True:
-            start = self.clock()
-            band = next(iterator, None)
-            self.compute += self.clock() - start
-            if band is None:
-                return
-            yield band
-
-
 class Passage:
     """One tensor on its way; `start` admits it, `logged` ends it however far it came.
 
@@ -109,7 +85,6 @@ class Passage:
         engine: what it passes through.
         request: its header.
         call: whose tensor it is.
-        carrier: the RPC's name, for the log.
 
     Attributes:
         request: its header.
@@ -117,15 +92,15 @@ class Passage:
         deadline: by the engine's clock, when its own time is over; None for never.
     """
 
-    def __init__(self, engine: Engine, request: TensorRequest, call: Call, carrier: str) -> None:
+    def __init__(self, engine: Engine, request: TensorRequest, call: Call) -> None:
         self.request = request
         self.meter = Meter(engine.clock)
         self._engine = engine
         self._call = call
-        self._carrier = carrier
         self.deadline = engine.clock() + request.timeout_ms / 1000 if request.timeout_ms else None
         self._stack = ExitStack()
         self._backend = request.backend
+        self._resolved = ""
         self._plan: SessionPlan | None = None
         self._session: Session | None = None
         self._packers: dict[str, tuple[int, BandPacker]] = {}
@@ -143,10 +118,17 @@ class Passage:
         Raises:
             NetworkNotFound, BackendUnavailable, InvalidRequest, ResourceExhausted: it cannot pass here.
         """
+        start = self._engine.clock()
+        try:
+            return self._start(pack)
+        finally:
+            self.meter.queue.add(start, self._engine.clock())
+
+    def _start(self, pack: Callable[[SessionPlan], Packing]) -> tuple[ResultSpec, ...]:
         request, engine = self.request, self._engine
         use = self._stack.enter_context(engine.store.use(self._call.owner, request.network))
         backend = engine.registry.resolve(request.backend)
-        self._backend = backend.name
+        self._resolved = self._backend = backend.name
         prepared = use.prepared(backend, request.precision)
         plan = self._plan = prepared.plan(request.spec, request.out_dtype)
         results, buffer_bytes = pack(plan)
@@ -188,7 +170,8 @@ class Passage:
             samples, _, rows = band.array.shape[:3]
             self.meter.rows += samples * rows
             if self._session is not None:
-                yield from self._pieces(self._session.submit(band))
+                with self._engine.bands.one():
+                    yield from self._pieces(self._session.submit(band))
         if self._session is not None and not at_hand():
             yield from self._pieces(self._session.drain())
         for index, packer in self._packers.values():
@@ -211,9 +194,9 @@ class Passage:
             algorithms=dict(self._plan.algorithms) if self._plan is not None else {},
             input_rows=meter.rows,
             total=self._engine.clock() - meter.started,
-            receive=meter.receive,
-            compute=meter.compute,
-            send=meter.send,
+            receive=meter.receive.seconds,
+            compute=meter.compute.seconds,
+            send=meter.send.seconds,
             reserved_bytes=meter.reserved,
         )
 
@@ -227,34 +210,21 @@ class Passage:
         finally:
             self._engine.registry.review()
 
-    def log(self, error: ConvServiceError | None) -> None:
-        """Writes the tensor's line, with `error` or OK as its status."""
-        if not log.isEnabledFor(logging.INFO):
-            return
-        request, report, plan = self.request, self.report(), self._plan
-        results = () if plan is None else plan.results
-        fields = {
-            "call": self._carrier,
-            "tensor_id": request.tensor_id,
-            "network": request.network,
-            "input": f"{request.spec.samples} x {request.spec.sample} {request.spec.dtype}",
-            "outputs": "; ".join(
-                f"{result.name} {result.spec.sample} {result.spec.dtype}" for result in results
-            ),
-            "backend": report.backend,
-            "algorithms": ",".join(sorted(set(report.algorithms.values()))),
-            "total_ms": _milliseconds(report.total),
-            "receive_ms": _milliseconds(report.receive),
-            "compute_ms": _milliseconds(report.compute),
-            "send_ms": _milliseconds(report.send),
-            "bytes_in": self.meter.rows * request.spec.row_bytes,
-            "bytes_out": self.meter.bytes_out,
-            "reserved_bytes": self.meter.reserved,
-            "status": "OK" if error is None else code_name(to_status(error).code),
-        }
-        if error is not None:
-            fields |= {"reason": error.reason, "error": error.message}
-        log.info("tensor", extra={"fields": fields})
+    def ended(self, error: ConvServiceError | None) -> None:
+        """Tells observers that the tensor has ended, with `error` or well."""
+        request = self.request
+        record = TensorRecord(
+            self._call.record,
+            request.tensor_id,
+            request.network,
+            self.meter,
+            self._engine.clock(),
+            error,
+            request,
+            self._plan,
+            self._resolved,
+        )
+        self._engine.observation.tensor_ended(record)
 
     def _pieces(self, bands: Iterable[Band]) -> Iterator[Piece]:
         for band in self.meter.computed(bands):
@@ -269,22 +239,16 @@ class Passage:
             yield Piece(index, offset, data)
 
 
-def log_refused(carrier: str, header: pb.TensorHeader, error: ConvServiceError) -> None:
-    """Writes the line of a tensor whose header could not be taken."""
-    fields = {
-        "call": carrier,
-        "tensor_id": header.tensor_id,
-        "network": header.network,
-        "status": code_name(to_status(error).code),
-        "reason": error.reason,
-        "error": error.message,
-    }
-    log.info("tensor", extra={"fields": fields})
+def refused(engine: Engine, call: Call, header: pb.TensorHeader, error: ConvServiceError) -> None:
+    """Tells observers of a tensor whose header could not be taken."""
+    record = TensorRecord(call.record, header.tensor_id, header.network, None, engine.clock(), error)
+    engine.observation.tensor_ended(record)
 
 
 @contextmanager
-def logged(passage: Passage) -> Generator[None]:
-    """Writes the passage's line when the context ends: OK, or what was raised, or that it was given up."""
+def observed(passage: Passage) -> Generator[None]:
+    """Closes a passage when the context ends, and says how it went: well, or what was raised, or that it was
+    given up."""
     error: ConvServiceError | None = None
     try:
         yield
@@ -301,8 +265,4 @@ def logged(passage: Passage) -> Generator[None]:
         try:
             passage.close()
         finally:
-            passage.log(error)
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 3)
+            passage.ended(error)

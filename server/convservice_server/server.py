@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 from grpc_health.v1 import health as health_protocol
@@ -27,11 +27,17 @@ from convservice_server.config import ServerConfig
 from convservice_server.grpc_adapter import ConvServicer, Host, Reflection
 from convservice_server.guard import Door, Guard
 from convservice_server.health import SERVICE_NAME, Health, HealthPort
-from convservice_server.listening import bind, transport_options
+from convservice_server.lines import Lines
+from convservice_server.listening import bind, missing_package, transport_options
+from convservice_server.observation import Observation
+from convservice_server.observing import Calls, Observing
 from convservice_server.service import Service
 from convservice_server.tls import Certificates
 from convservice_server.transport import credentials
 from convservice_server.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from convservice_server.metrics_port import MetricsPort
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ class Server:
     Attributes:
         port: where it listens; 0 before it does.
         health_port: where it answers health checks alone; 0 if nowhere.
+        metrics_port: where Prometheus finds its page; 0 if nowhere.
 
     Raises:
         InvalidRequest: tokens or certificates that the settings name cannot be used.
@@ -63,8 +70,10 @@ class Server:
         few = config.unary_workers // 2
         self._watchdog = Watchdog(config.idle_timeout)
         self._arrivals = Watchdog(config.idle_timeout, few, config.crowd_timeout)
-        self._host = Host(config, self._watchdog, door)
-        self.service = Service(config, self._registry)
+        self._observation = Observation([Lines()])
+        calls = Calls(self._observation)
+        self._host = Host(config, self._watchdog, door, calls)
+        self.service = Service(config, self._registry, observation=self._observation)
         self.service.warming = True
         self._health = Health(self._registry)
         self._pool = ThreadPoolExecutor(config.pool_size, thread_name_prefix="call")
@@ -73,15 +82,18 @@ class Server:
         pools = {health_protocol.SERVICE_NAME: self._health_pool}
         guard = Guard(self._arrivals, pools, door, open_services={health_protocol.SERVICE_NAME})
         options = transport_options(config.max_message_bytes)
-        self._grpc = grpc.server(self._pool, interceptors=[guard], options=options)
+        observing = Observing(calls, {health_protocol.SERVICE_NAME})
+        self._grpc = grpc.server(self._pool, interceptors=[observing, guard], options=options)
         self._health_only = (
             HealthPort(self._health, few + 1, guard) if config.health_listen is not None else None
         )
         self._stop_lock = threading.Lock()  # guards the fields below; a second stop waits for the first
         self._started = False
         self._stopped = False
+        self._metrics_port: MetricsPort | None = None
         self.port = 0
         self.health_port = 0
+        self.metrics_port = 0
 
     def __enter__(self) -> Self:
         try:
@@ -125,12 +137,15 @@ class Server:
             log.log(level, text)
         if self._health_only is not None and self.config.health_listen is not None:
             self.health_port = self._health_only.listen(self.config.health_listen)
+        if self.config.metrics is not None:
+            self._open_metrics(self.config.metrics)
         self._watchdog.__enter__()
         self._arrivals.__enter__()
         self._grpc.start()
         with self._stop_lock:
             self._started = True
-        log.info("listening", extra={"fields": {"port": self.port, "health_port": self.health_port}})
+        ports = {"port": self.port, "health_port": self.health_port, "metrics_port": self.metrics_port}
+        log.info("listening", extra={"fields": {name: port for name, port in ports.items() if port}})
 
     def warm(self) -> None:
         """Tries every backend that is installed, and begins to serve.
@@ -174,6 +189,8 @@ class Server:
             self._health_pool.shutdown()
             self._watchdog.__exit__(None, None, None)
             self._arrivals.__exit__(None, None, None)
+            if self._metrics_port is not None:
+                self._metrics_port.stop()
             self._registry.close()
             if self._started:
                 log.info("stopped", extra={"fields": {"finished": finished}})
@@ -182,3 +199,17 @@ class Server:
     def wait_idle(self, timeout: float) -> bool:
         """Waits until no call runs and all answers have left; False if that takes over `timeout` seconds."""
         return self._host.wait_idle(timeout)
+
+    def _open_metrics(self, address: str) -> None:
+        """Begins to count, and to answer those who ask for the counts."""
+        try:
+            from convservice_server.metrics import Metrics
+            from convservice_server.metrics_port import MetricsPort
+        except ModuleNotFoundError as exc:
+            raise missing_package("metrics", exc, "server") from exc
+        metrics = Metrics(
+            self.service, self._registry, lambda: self._host.streams.count, lambda: self._health.serves
+        )
+        self._observation.add(metrics)
+        self._metrics_port = MetricsPort(address, metrics.registry)
+        self.metrics_port = self._metrics_port.port

@@ -31,7 +31,10 @@ from convservice_server.admission import Admission
 from convservice_server.calls import Call, Clock
 from convservice_server.config import ServerConfig
 from convservice_server.faults import draining, warming
-from convservice_server.passage import Engine, Packing, Passage, log_refused, logged
+from convservice_server.lanes import Count
+from convservice_server.lines import Lines
+from convservice_server.observation import Observation
+from convservice_server.passage import Engine, Packing, Passage, observed, refused
 from convservice_server.store import Store
 from convservice_server.streams import TensorStream
 
@@ -46,17 +49,27 @@ class Service:
         config: the limits.
         registry: the backends; it stays the caller's to close.
         clock: tells the time.
+        observation: told of every tensor; log lines alone where not given.
 
     Attributes:
         warming: whether the backends are still being tried, and everything is refused until they are.
+        bands: counts the bands of input that are taken and not computed yet.
     """
 
-    def __init__(self, config: ServerConfig, registry: Registry, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        registry: Registry,
+        clock: Clock = time.monotonic,
+        observation: Observation | None = None,
+    ) -> None:
         self._config = config
         self.registry = registry
         self.store = Store(config.weights_budget_bytes, config.lease_seconds, clock)
         self.admission = Admission(config.memory_budget_bytes)
-        self._engine = Engine(registry, self.store, self.admission, clock)
+        self.bands = Count()
+        observation = Observation([Lines()]) if observation is None else observation
+        self._engine = Engine(registry, self.store, self.admission, clock, observation, self.bands)
         self._draining = threading.Event()
         self.warming = False
 
@@ -79,10 +92,12 @@ class Service:
                 header.network = self._inline(request, call)
             tensor = request_from_proto(header)
         except ConvServiceError as exc:
-            log_refused("Convolve", header, exc)
+            refused(self._engine, call, header, exc)
             raise
-        passage = Passage(self._engine, tensor, call, "Convolve")
-        with logged(passage):
+        passage = Passage(self._engine, tensor, call)
+        passage.meter.queue.add(call.record.arrived, call.record.began)
+        passage.meter.receive.add(call.record.began, call.record.received)
+        with observed(passage):
             total = _known_size(tensor.spec)
             if len(request.data) != total:
                 raise _wrong_size(tensor.spec, total, len(request.data))

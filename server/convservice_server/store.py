@@ -40,6 +40,7 @@ class Store:
         self._clock = clock
         self._lock = threading.Lock()  # guards _shelf and everything on it but Form.made
         self._shelf = Shelf(budget, clock)
+        self.budget = budget
 
     @property
     def used(self) -> int:

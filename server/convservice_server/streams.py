@@ -20,7 +20,7 @@ from convservice.wire.headers import TensorRequest
 from convservice_backends.interface import SessionPlan
 from convservice_server.calls import Call, WaitEnded
 from convservice_server.faults import as_error, draining
-from convservice_server.passage import AtHand, Engine, Packing, Passage, log_refused, logged, nothing_at_hand
+from convservice_server.passage import AtHand, Engine, Packing, Passage, nothing_at_hand, observed, refused
 
 Requests = Iterator[pb.ConvolveStreamRequest]
 Responses = Generator[pb.ConvolveStreamResponse, None, None]
@@ -69,7 +69,8 @@ class TensorStream:
                 raise
             except ConvServiceError as exc:
                 error = as_error(exc)
-                log_refused("ConvolveStream", message.header, error)
+                refused(self._engine, self._call, message.header, error)
+                error.request_id = self._call.record.request_id
                 self._receiver.discard()
                 yield exchange.tensor_error(self._receiver.tensor_id, error)
                 event = None
@@ -79,13 +80,13 @@ class TensorStream:
                 self._receiver.receive(self._continued(requests))
 
     def _tensor(self, request: TensorRequest, requests: Requests, at_hand: AtHand) -> Responses:
-        passage = Passage(self._engine, request, self._call, "ConvolveStream")
+        passage = Passage(self._engine, request, self._call)
         try:
-            with logged(passage):
+            with observed(passage):
                 for response in self._pass(passage, requests, at_hand):
                     start = self._engine.clock()
                     yield response
-                    passage.meter.send += self._engine.clock() - start
+                    passage.meter.send.add(start, self._engine.clock())
         except FramingError:
             raise
         except ConvServiceError as exc:
@@ -93,6 +94,7 @@ class TensorStream:
                 raise
             self._call.check()  # where the whole call was given up, nobody waits for an answer
             self._receiver.discard()
+            exc.request_id = self._call.record.request_id
             yield exchange.tensor_error(request.tensor_id, exc)
         else:
             yield exchange.tensor_done(request.tensor_id, passage.report())
@@ -152,4 +154,4 @@ class TensorStream:
             raise
         finally:
             if passage is not None:
-                passage.meter.receive += self._engine.clock() - start
+                passage.meter.receive.add(start, self._engine.clock())

@@ -108,6 +108,13 @@ class CudaBackend:
         """The devices' model, the libraries, and how many devices there are."""
         return Description(self._contexts[0].device.info.name, self._versions, len(self._contexts))
 
+    def device_memory(self) -> tuple[tuple[int, int], ...]:
+        """Per device: bytes promised to tensors and taken by weights, and the most that may be taken."""
+        return tuple(
+            (context.memory.promised + context.memory.resident, context.device.info.memory_bytes)
+            for context in self._contexts
+        )
+
     def prepare(self, network: Network, precision: Precision) -> CudaNetwork:
         """Puts a network's algorithms in place; its weights follow when a session is first opened.
 

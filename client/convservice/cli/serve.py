@@ -48,10 +48,11 @@ class Setting:
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     "what it serves": (
         Setting("listen", "HOST:PORT", "where to listen; port 0 picks a free one (default: 127.0.0.1:50051)"),
-        Setting(
-            "health_listen", "HOST:PORT", "answer health checks there too, in plaintext (default: nowhere)"
-        ),
         Setting("backend", "NAME", "what computes for requests that name none (default: auto)"),
+    ),
+    "who watches it": (
+        Setting("health_listen", "HOST:PORT", "a port for health checks alone, in plaintext (default: none)"),
+        Setting("metrics", "HOST:PORT", "a port for Prometheus's page, /metrics (default: none)"),
     ),
     "limits; sizes take units, such as 512MiB or 2G": (
         Setting(
