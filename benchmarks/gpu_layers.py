@@ -26,7 +26,7 @@ from convservice_backends.cuda.array import DeviceArray
 from convservice_backends.cuda.convolution import ConvOperator
 from convservice_backends.cuda.device import Device, DeviceInfo, Launch, Stream, Transform
 from convservice_backends.cuda.workspace import DeviceWorkspace
-from convservice_backends.operators import Run
+from convservice_backends.operators import Rows, Run
 
 PRECISIONS = {
     "float32": ("float32", Precision.HIGH),
@@ -181,7 +181,7 @@ class LayerOnDevice:
         """Asks for one feature map, of copy `piece`."""
         copy = piece % len(self._x)
         height = self._given.height
-        run = Run(self._x[copy], 0, height, 0, self._whole.height, self._plan)
+        run = Run((Rows(self._x[copy], 0),), height, 0, self._whole.height, self._plan)
         self.operator.compute(run, self._y[copy], self._workspace, self._weights[copy])
 
     def launches(self) -> int:

@@ -27,7 +27,7 @@ from convservice_backends.cuda.device import DeviceInfo, Memory, Stream
 from convservice_backends.cuda.dry import DryDevice
 from convservice_backends.cuda.source import Kernel
 from convservice_backends.cuda.workspace import DeviceWorkspace
-from convservice_backends.operators import Run
+from convservice_backends.operators import Rows, Run
 
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_float)
 
@@ -154,5 +154,5 @@ def ask(
     scratch = stream.allocate(wanted) if wanted else None
     workspace = DeviceWorkspace(stream, scratch, replace(info, processors=problem.processors), lambda: None)
     rows = DeviceArray.packed(x, case.x, problem.given)
-    run = Run(rows, 0, given.rows, 0, whole.height, operator.block_plan(given, whole))
+    run = Run((Rows(rows, 0),), given.rows, 0, whole.height, operator.block_plan(given, whole))
     operator.compute(run, DeviceArray.packed(y, case.y, problem.out), workspace, weights)

@@ -34,7 +34,7 @@ from convservice_backends.cuda.convolution import ConvOperator
 from convservice_backends.cuda.device import Device
 from convservice_backends.cuda.lanes import SLOT_BYTES, SLOTS
 from convservice_backends.cuda.workspace import DeviceWorkspace
-from convservice_backends.operators import Run
+from convservice_backends.operators import Rows, Run
 
 Array = NDArray[Any]
 
@@ -239,7 +239,7 @@ def _compute(device: Device, layer: Conv, stretch: Stretch) -> Callable[[], floa
     wanted = operator.scratch_bytes(whole, whole.height, 1)
     scratch = stream.allocate(wanted) if wanted else None
     workspace = DeviceWorkspace(stream, scratch, info, lambda: None)
-    run = Run(x, 0, given.rows, 0, whole.height, operator.block_plan(given, whole))
+    run = Run((Rows(x, 0),), given.rows, 0, whole.height, operator.block_plan(given, whole))
 
     def computed() -> float:
         begin = time.perf_counter()

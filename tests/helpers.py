@@ -97,13 +97,17 @@ def every_map(network: Network) -> Network:
 
 
 def spec_of(x: Array, band_rows: int | None = None, *, announced: bool = True) -> TensorSpec:
-    """The tensor that `x`, shape (N, channels, *spatial), is."""
+    """The tensor that `x`, shape (N, channels, *spatial), vectors (N, features), is."""
+    if x.ndim == 2:
+        return TensorSpec(dtype_of(x.dtype), SampleShape.of_vector(x.shape[1]), x.shape[0], 1)
     sample = SampleShape(x.shape[1], x.shape[2] if announced else None, tuple(x.shape[3:]))
     return TensorSpec(dtype_of(x.dtype), sample, x.shape[0], band_rows or x.shape[2])
 
 
 def bands_of(x: Array, rows: int | None) -> Iterator[Band]:
     """`x` as bands of `rows` rows of one sample; all of it as one band where not given."""
+    if x.ndim == 2:
+        x = x[..., None]  # vectors flow as one row
     if rows is None:
         yield Band(x)
         return
@@ -131,13 +135,14 @@ class Collector:
             samples[-1].append(copies[0])
 
     def arrays(self, results: Iterable[ResultSpec]) -> dict[str, Array]:
-        """Output name to (N, channels, *spatial)."""
+        """Output name to (N, channels, *spatial), vectors (N, features)."""
         found: dict[str, Array] = {}
         for result in results:
             sample = result.spec.sample
             whole = [np.concatenate(parts, axis=1) for parts in self._samples[result.name]]
             none = (0, sample.channels, sample.rows or 0, *sample.rest)
-            found[result.name] = np.stack(whole) if whole else np.empty(none, result.spec.dtype.numpy)
+            array = np.stack(whole) if whole else np.empty(none, result.spec.dtype.numpy)
+            found[result.name] = array[..., 0] if sample.vector else array
         return found
 
 
@@ -204,7 +209,7 @@ def check_every_layer(
     """
     own = network.dtype(dtype_of(x.dtype))
     for node in network.nodes:
-        given = x if node.inputs[0] == "input" else maps[node.inputs[0]]
+        given = [x if source == "input" else maps[source] for source in node.inputs]
         expected = layer_reference(node.layer, given, own, out or own)
         assert_expected(f"node {node.id}, {node.layer!r}, x {x.shape} {x.dtype}", expected, maps[node.id])
 

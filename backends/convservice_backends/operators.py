@@ -1,8 +1,9 @@
 """What an operator is, and what a session lends it.
 
 An operator is one layer prepared on one backend: weights in place, algorithm chosen; immutable, shared by
-all sessions. It is given a run (rows that it may read, the output rows wanted) and writes those output
-rows, block by block, bias and activation included. What it needs to work with, it borrows from the
+all sessions. A windowed one is given a run (rows that it may read, the output rows wanted) and writes those
+output rows, block by block, bias and activation included. A reducing one takes in runs of input rows and
+writes its one output row when the sample has ended. What they need to work with, they borrow from the
 session's `Workspace`.
 """
 
@@ -12,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from convservice.errors import BackendUnavailable, Reason
+from convservice.dtypes import DType
+from convservice.errors import BackendUnavailable, InternalError, Reason
 from convservice.geometry import SampleShape
 from convservice.layers import Layer
 from convservice.network import Network
@@ -22,25 +24,54 @@ from convservice_backends.plan import BlockPlan
 
 
 @dataclass(frozen=True)
-class Run:
-    """Rows to compute, and the rows to compute them from.
+class Rows:
+    """What a node holds of one of its inputs.
 
     Attributes:
-        rows: the backend's own array (samples, channels, rows held, *rest); at most one sample where the
+        array: the backend's own array (samples, channels, rows held, *rest); at most one sample where the
             rows held are only a part of it.
-        first_row: index in the sample of the first row held.
-        height: rows of the sample; None while it is not known.
-        first: first output row wanted, a multiple of the block's rows.
-        last: one past the last.
-        blocks: how the output is cut.
+        first: index in the sample of the first row held.
     """
 
-    rows: Any
-    first_row: int
+    array: Any
+    first: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows to work on, and the rows to read.
+
+    Attributes:
+        ports: what is held of each of the node's inputs, in their order.
+        height: rows of the sample on every port; None while it is not known.
+        first: first output row wanted, or for a reducing operator first input row to take in; a multiple of
+            the block's rows.
+        last: one past the last.
+        blocks: how the output, or for a reducing operator the input, is cut.
+    """
+
+    ports: tuple[Rows, ...]
     height: int | None
     first: int
     last: int
     blocks: BlockPlan
+
+    @property
+    def rows(self) -> Any:
+        """What is held of the first input."""
+        return self.ports[0].array
+
+    @property
+    def known_height(self) -> int:
+        """The height, for a layer that is never without."""
+        if self.height is None:
+            raise InternalError("a layer that needs the height was not given it", reason=Reason.INTERNAL)
+        return self.height
+
+    @property
+    def first_row(self) -> int:
+        """Index in the sample of the first row held of the first input."""
+        return self.ports[0].first
 
 
 Task = Callable[[int], None]
@@ -69,7 +100,7 @@ Lent_contra = TypeVar("Lent_contra", contravariant=True)
 
 
 class Operator(Protocol[Lent_contra]):
-    """One layer prepared on one backend, which borrows a workspace from its sessions."""
+    """One windowed layer prepared on one backend, which borrows a workspace from its sessions."""
 
     def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
         """Its blocks for a sample and its feature map; the same for every height."""
@@ -79,6 +110,31 @@ class Operator(Protocol[Lent_contra]):
         """Writes output rows first <= i < last to `out`, (samples, out_channels, last - first, *rest),
         rounded once to its dtype."""
         ...
+
+
+class ReducingOperator(Protocol[Lent_contra]):
+    """One reducing layer prepared on one backend: it takes in a sample's rows and puts out one row."""
+
+    def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
+        """The input rows that are taken in together, and its working memory; the same for every height."""
+        ...
+
+    def sums(self, given: SampleShape, out: SampleShape) -> tuple[tuple[int, ...], DType] | None:
+        """Shape (without the samples) and dtype of what is kept from one run to the next; None if nothing."""
+        ...
+
+    def accumulate(self, run: Run, sums: Any, out: Any, workspace: Lent_contra) -> None:
+        """Takes in input rows first <= i < last. Runs of a sample come in order, without gaps, and are cut at
+        multiples of the block's rows; bits do not depend on where. Row 0 begins a sample: what `sums` and
+        `out`, (samples, out_channels, 1, *ones), held before means nothing then."""
+        ...
+
+    def finish(self, height: int, given: SampleShape, sums: Any, out: Any, workspace: Lent_contra) -> None:
+        """Writes the output row to `out`, rounded once to its dtype: all `height` rows are taken in."""
+        ...
+
+
+AnyOperator = Operator[Any] | ReducingOperator[Any]
 
 
 def require_layers(network: Network, known: tuple[type[Layer], ...], backend: str) -> None:
@@ -96,4 +152,14 @@ def require_layers(network: Network, known: tuple[type[Layer], ...], backend: st
             )
 
 
-__all__ = ["Check", "Operator", "Run", "Task", "Workspace", "require_layers"]
+__all__ = [
+    "AnyOperator",
+    "Check",
+    "Operator",
+    "ReducingOperator",
+    "Rows",
+    "Run",
+    "Task",
+    "Workspace",
+    "require_layers",
+]

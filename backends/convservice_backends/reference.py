@@ -1,13 +1,14 @@
 """What a network should give: the oracle that every backend is checked against. Plain loops, never fast.
 
 Given a layer (or a network) and an input, it hands back for every neuron the exact value, computed product
-by product and summed without error (`math.fsum`), how far a correct backend may be from it, and whether the
-backend must give that value exactly. It shares geometry and declarations with the backends and no
+by product and summed without error (`reference_sums`), how far a correct backend may be from it, and whether
+the backend must give that value exactly. It shares geometry and declarations with the backends and no
 arithmetic.
 
 The bound. u is the unit roundoff, eta the smallest normal number, of the accumulator (acc) or of the result
 (out); K the number of products in a sum; z* the exact sum with its threshold, M = sum |x||w| + |bias|, f the
-activation, L its Lipschitz constant, y* = f(z*):
+activation, L its Lipschitz constant, y* = f(z*). A mean is a sum with weights 1 / count, a sum of feature
+maps one with weights 1; a maximum, and what is only laid out anew, has no sum and no error: K = M = 0.
 
     |z - z*| <= B = (K + 3) u_acc M + K eta_acc
     |y - y*| <= L B + T + u_out |y*| + eta_out
@@ -21,14 +22,13 @@ operation around it one rounding:
     gelu                        12 u_acc |z*| + eta_acc  (1 + erf cancels where x < 0)
 
 Where the input itself is off by up to e, as within a network, M is taken of |x| + e, and B grows by
-sum e |w|.
+sum e |w|, or for a maximum by the largest e.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,34 +36,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.dtypes import FLOAT64, DType, dtype_of
-from convservice.geometry import SampleShape, real_position
-from convservice.layers import Activation, Conv, Layer
+from convservice.layers import Activation, Layer
 from convservice.network import INPUT, Network
+from convservice_backends.reference_sums import Floats, Given, Sums, sums_of
 
-EXACT_BELOW = 2.0**20
-"""Sums of integers with sum |x||w| + |bias| below this must be exact on every backend."""
-
-Floats = NDArray[np.float64]
+LINEAR = Activation()
 
 _INTEGER_SAFE = ("linear", "relu")
 _LIPSCHITZ = {"linear": 1.0, "relu": 1.0, "sigmoid": 0.25, "tanh": 1.0, "gelu": 1.13, "silu": 1.1}
-
-
-@dataclass(frozen=True)
-class Sums:
-    """The weighted sums of one layer, before its activation; arrays of shape (N, channels, *spatial).
-
-    Attributes:
-        value: z*, the exact sum with its threshold.
-        magnitude: M, the sum of |x||w| and |bias|, with |x| enlarged by the input's error.
-        spread: what the input's error adds: the sum of e |w|.
-        products: K, products in each sum.
-    """
-
-    value: Floats
-    magnitude: Floats
-    spread: Floats
-    products: int
 
 
 @dataclass(frozen=True)
@@ -123,39 +103,32 @@ def rounded(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
 
 def layer_reference(
     layer: Layer,
-    x: NDArray[Any],
+    x: NDArray[Any] | Sequence[NDArray[Any]],
     own: DType,
     out: DType,
     *,
-    x_error: Floats | None = None,
+    x_error: Floats | Sequence[Floats] | None = None,
 ) -> Expected:
     """What `layer` should give for `x`, shape (N, channels, *spatial).
 
     Args:
         layer: the layer.
-        x: its input as it received it, of any dtype of the service.
+        x: its input as it received it, of any dtype of the service; a sequence where it has several.
         own: the network's dtype, which fixes the accumulator.
         out: the dtype of the result.
         x_error: how far `x` is from what the backend had; zero when not given.
     """
-    given = x.astype(np.float64)
-    error = np.zeros_like(given) if x_error is None else x_error
-    if isinstance(layer, Conv):
-        sums, activation = _convolved(layer, given, error, own), layer.activation
-        whole = all(_integers(tensor.array) for tensor in layer.tensors)
-    elif isinstance(layer, Activation):
-        sums, activation, whole = Sums(given, np.abs(given), error, 0), layer, True
+    inputs = (x,) if isinstance(x, np.ndarray) else tuple(x)
+    values = tuple(array.astype(np.float64) for array in inputs)
+    if x_error is None:
+        errors = tuple(np.zeros_like(value) for value in values)
     else:
-        raise TypeError(f"the reference has no rule for a {type(layer).__name__}")
+        errors = (x_error,) if isinstance(x_error, np.ndarray) else tuple(x_error)
+    sums = sums_of(layer, Given(values, errors, own))
+    activation = layer if isinstance(layer, Activation) else getattr(layer, "activation", LINEAR)
     value = np.array([activate(activation, z) for z in sums.value.flat], dtype=np.float64)
     value = value.reshape(sums.value.shape)
-    exact = (
-        whole
-        and _integers(given)
-        and not error.any()
-        and activation.function in _INTEGER_SAFE
-        and bool((sums.magnitude < EXACT_BELOW).all())
-    )
+    exact = sums.exact and activation.function in _INTEGER_SAFE
     return Expected(value, bound(activation, sums, value, own.accumulator), exact, out)
 
 
@@ -168,19 +141,20 @@ def network_reference(
     their error.
     """
     own = network.dtype(dtype_of(x.dtype))
-    maps: dict[str, Expected] = {}
+    values: dict[str, NDArray[Any]] = {INPUT: x}
+    errors: dict[str, Floats] = {INPUT: np.zeros(x.shape)}
+    found: dict[str, Expected] = {}
     for node in network.nodes:
-        source = node.inputs[0]
-        if source == INPUT:
-            maps[node.id] = layer_reference(node.layer, x, own, own)
-            continue
-        before = maps[source]
-        whole = before.exact and bool((rounded(before.value, own).astype(np.float64) == before.value).all())
-        error = np.zeros_like(before.value) if whole else before.bound
-        maps[node.id] = layer_reference(node.layer, before.value, own, own, x_error=error)
+        given = [values[source] for source in node.inputs]
+        known = layer_reference(node.layer, given, own, own, x_error=[errors[name] for name in node.inputs])
+        whole = known.exact and np.array_equal(
+            rounded(known.value, own).astype(np.float64), known.value, equal_nan=True
+        )
+        found[node.id], values[node.id] = known, known.value
+        errors[node.id] = np.zeros_like(known.value) if whole else known.bound
     out = own if out_dtype is None else out_dtype
-    found = {name: maps[node] for name, node in network.outputs.items()}
-    return {name: Expected(last.value, last.error, last.exact, out) for name, last in found.items()}
+    ends = {name: found[node] for name, node in network.outputs.items()}
+    return {name: Expected(end.value, end.error, end.exact, out) for name, end in ends.items()}
 
 
 def bound(activation: Activation, sums: Sums, value: Floats, accumulator: DType) -> Floats:
@@ -223,78 +197,3 @@ def activate(activation: Activation, z: float) -> float:
 
 def _sigmoid(z: float) -> float:
     return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
-
-
-def _convolved(layer: Conv, x: Floats, error: Floats, own: DType) -> Sums:
-    """Every sum of a convolution: for each sample and position, for each filter, product by product."""
-    sample = SampleShape(x.shape[1], x.shape[2], x.shape[3:])
-    out = layer.output_sample(sample)
-    reads = _reads(layer, sample, (out.height, *out.rest))
-    weight = layer.weight.astype(np.float64)
-    filters_per_group, channels_per_group = layer.out_channels // layer.groups, weight.shape[1]
-    filters = weight.reshape(layer.out_channels, -1).tolist()
-    thresholds = [0.0] * layer.out_channels if layer.bias is None else layer.bias.astype(np.float64).tolist()
-
-    shape = (x.shape[0], out.channels, out.height, *out.rest)
-    value, magnitude, spread = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for n in range(shape[0]):
-        for at in itertools.product(*(range(size) for size in shape[2:])):
-            axes = [reads[axis][i] for axis, i in enumerate(at)]
-            places: list[tuple[int | None, ...]] = list(itertools.product(*axes))
-            for group in range(layer.groups):
-                channels = range(group * channels_per_group, (group + 1) * channels_per_group)
-                xs, es = _field(x[n], channels, places), _field(error[n], channels, places)
-                sizes = [abs(a) + e for a, e in zip(xs, es, strict=True)]
-                for o in range(group * filters_per_group, (group + 1) * filters_per_group):
-                    here = (n, o, *at)
-                    value[here] = _exact_sum(xs, filters[o], thresholds[o], wide=own == FLOAT64)
-                    magnitude[here] = _size(sizes, filters[o]) + abs(thresholds[o])
-                    spread[here] = _size(es, filters[o])
-    return Sums(value, magnitude, spread, len(filters[0]))
-
-
-def _reads(layer: Conv, sample: SampleShape, output_sizes: Sequence[int]) -> list[list[list[int | None]]]:
-    """Per axis and output position the real positions read, one per weight; None reads the value 0."""
-    found: list[list[list[int | None]]] = []
-    sizes = (sample.height, *sample.rest)
-    for window, size, count in zip(layer.windows(sample), sizes, output_sizes, strict=True):
-        found.append(
-            [[real_position(p, size, layer.padding_mode) for p in window.positions(i)] for i in range(count)]
-        )
-    return found
-
-
-def _field(x: Floats, channels: Iterable[int], places: Sequence[tuple[int | None, ...]]) -> list[float]:
-    """The values that one neuron looks at, in the order of its weights."""
-    return [0.0 if None in place else float(x[c, *place]) for c in channels for place in places]
-
-
-def _exact_sum(xs: Sequence[float], ws: Sequence[float], threshold: float, *, wide: bool) -> float:
-    """sum x w + threshold, rounded once to float64 at the end.
-
-    A product of two numbers of at most 26 binary digits is exact in float64. Numbers with more (`wide`) are
-    split into two halves first, and the four products of the halves are summed in its stead.
-    """
-    products = [x * w for x, w in zip(xs, ws, strict=True)]
-    if not all(math.isfinite(product) for product in products) or not math.isfinite(threshold):
-        return sum(products) + threshold
-    if wide:
-        pairs = zip(xs, ws, strict=True)
-        products = [a * b for x, w in pairs for a in _halves(x) for b in _halves(w)]
-    return math.fsum([*products, threshold])
-
-
-def _halves(value: float) -> tuple[float, float]:
-    """`value` as a sum of two numbers of at most 26 binary digits each."""
-    mantissa, exponent = math.frexp(value)
-    high = math.ldexp(round(math.ldexp(mantissa, 26)), exponent - 26)
-    return high, value - high
-
-
-def _size(xs: Sequence[float], ws: Sequence[float]) -> float:
-    return sum(x * abs(w) for x, w in zip(xs, ws, strict=True))
-
-
-def _integers(values: NDArray[Any]) -> bool:
-    exact = values.astype(np.float64)
-    return bool((np.isfinite(exact) & (np.rint(exact) == exact)).all())

@@ -2,14 +2,15 @@
 
 One driver moves rows from the input to every consumer, depth first: whatever a stage computes is taken by
 the stages behind it before it computes more, so that between two stages there is never more than one run.
-Small samples that are one block in every layer go whole, several at a time.
+Where branches begin that join again, all of them are given a piece before any is given the next. Small
+samples that are one block in every layer go whole, several at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,9 @@ from convservice.geometry import SampleShape
 from convservice.network import INPUT
 from convservice_backends.arrays import Arrays
 from convservice_backends.interface import PreparedNetwork, Session
-from convservice_backends.operators import Operator, Run
-from convservice_backends.plan import NetworkPlan, NodePlan
-from convservice_backends.stages import Stage
+from convservice_backends.operators import AnyOperator, Operator, ReducingOperator, Rows, Run
+from convservice_backends.plan import Edge, NetworkPlan, NodePlan
+from convservice_backends.stages import MayWait, no_room, stage_of
 
 Steps: TypeAlias = "Iterator[Band | Steps]"
 """A piece of the driver's work: bands, and further pieces to do first."""
@@ -48,10 +49,10 @@ class _Session:
     """
 
     plan: NetworkPlan
-    operators: Mapping[str, Operator[Any]]
+    operators: Mapping[str, AnyOperator]
     workspace: Any
     arrays: Arrays
-    may_wait: Callable[[], bool] = never
+    may_wait: MayWait = never
     sample: int = field(default=0, init=False)
     """Number of the sample that comes next, or whose rows are coming."""
     _rows: int = field(default=0, init=False)
@@ -63,14 +64,15 @@ class FlowSession(_Session):
 
     def __post_init__(self) -> None:
         nodes = self.plan.nodes
-        self._stages = {name: Stage(node, self.operators[name], self.arrays) for name, node in nodes.items()}
-        self._first = [name for name, node in nodes.items() if INPUT in node.node.inputs]
+        self._stages = {
+            name: stage_of(node, self.operators[name], self.arrays) for name, node in nodes.items()
+        }
 
     def submit(self, band: Band) -> Iterator[Band]:
         """Takes the next rows and hands on what can now be computed; see `interface.Session`."""
         for index in range(band.array.shape[0]):
             rows = band.array[index : index + 1]
-            yield from _bands(self._feed(self._first, rows))
+            yield from _bands(self._feed(self.plan.consumers, rows, self.plan.piece_rows))
             self._rows += rows.shape[2]
             if self._rows == self.plan.spec.sample.rows:
                 yield from _bands(self._end())
@@ -105,24 +107,29 @@ class FlowSession(_Session):
         self.sample += 1
         self._rows = 0
 
-    def _feed(self, consumers: list[str] | tuple[str, ...], rows: Any) -> Steps:
-        for name in consumers:
-            stage, at = self._stages[name], 0
-            while at < rows.shape[2]:
-                at += stage.put(rows[:, :, at:])
-                yield self._advance(name, self.may_wait)
+    def _feed(self, consumers: tuple[Edge, ...], rows: Any, piece_rows: int) -> Steps:
+        """Gives rows to all consumers, a piece at a time."""
+        for first in range(0, rows.shape[2], piece_rows):
+            piece = rows[:, :, first : first + piece_rows]
+            for name, port in consumers:
+                stage, at = self._stages[name], 0
+                while at < piece.shape[2]:
+                    taken = stage.put(port, piece[:, :, at:])
+                    at += taken
+                    yield self._advance(name, self.may_wait)
+                    if not taken and not stage.room(port):
+                        raise no_room(stage.plan)
 
-    def _advance(self, name: str, may_wait: Callable[[], bool]) -> Steps:
+    def _advance(self, name: str, may_wait: MayWait) -> Steps:
         """Computes what can be computed in a stage; a run that could be larger may wait for more rows."""
         stage = self._stages[name]
-        while (run := stage.next_run()) is not None:
-            if stage.may_grow(*run) and may_wait():
-                return
-            rows = stage.compute(*run, self.workspace)
-            for output in stage.plan.outputs:
-                yield Band(self.arrays.convert(rows, self.plan.out_dtype), self.sample, run[0], output)
-            if stage.plan.consumers:
-                yield self._feed(stage.plan.consumers, self.arrays.convert(rows, self.plan.dtype))
+        while (computed := stage.advance(self.workspace, may_wait)) is not None:
+            rows, plan = computed.rows, stage.plan
+            for output in plan.outputs:
+                converted = self.arrays.convert(rows, self.plan.out_dtype)
+                yield Band(converted, self.sample, computed.first, output)
+            if plan.consumers:
+                yield self._feed(plan.consumers, self.arrays.convert(rows, self.plan.dtype), plan.piece_rows)
 
 
 def _bands(steps: Steps) -> Iterator[Band]:
@@ -180,16 +187,25 @@ class WholeSession(_Session):
         maps: dict[str, Any] = {INPUT: samples}
         count = int(samples.shape[0])
         for name, node in self.plan.nodes.items():
-            given = self.arrays.convert(maps[node.node.inputs[0]], node.given_dtype)
             shape = (count, node.out.channels, node.out.height, *node.out.rest)
-            out = self.arrays.empty(shape, node.out_dtype)
-            run = Run(given, 0, node.given.height, 0, node.out.height, node.blocks)
-            self.operators[name].compute(run, out, self.workspace)
-            maps[name] = out
+            maps[name] = self.arrays.empty(shape, node.out_dtype)
+            self._compute_node(node, maps, maps[name])
         for name, node in self.plan.nodes.items():
             for output in node.outputs:
                 yield Band(self.arrays.convert(maps[name], self.plan.out_dtype), self.sample, 0, output)
         self.sample += count
+
+    def _compute_node(self, node: NodePlan, maps: Mapping[str, Any], out: Any) -> None:
+        operator, height = self.operators[node.node.id], node.given.height
+        given = tuple(Rows(self.arrays.convert(maps[port.source], port.dtype), 0) for port in node.ports)
+        if not node.layer.reducing:
+            run = Run(given, height, 0, node.out.height, node.blocks)
+            cast("Operator[Any]", operator).compute(run, out, self.workspace)
+            return
+        reducing = cast("ReducingOperator[Any]", operator)
+        sums = None if node.sums is None else self.arrays.empty((out.shape[0], *node.sums[0]), node.sums[1])
+        reducing.accumulate(Run(given, height, 0, height, node.blocks), sums, out, self.workspace)
+        reducing.finish(height, node.given, sums, out, self.workspace)
 
 
 def run(
@@ -203,14 +219,17 @@ def run(
 
     Args:
         prepared: the network, prepared on some backend.
-        x: (samples, channels, *spatial).
+        x: (samples, channels, *spatial), vectors (samples, features).
         band_rows: rows handed over at a time; all of a sample where not given.
         out_dtype: dtype of the results; None for the network's own.
 
     Returns:
-        Output name to feature map (samples, out_channels, *spatial).
+        Output name to feature map (samples, out_channels, *spatial), vectors (samples, features).
     """
-    sample = SampleShape(x.shape[1], x.shape[2], tuple(x.shape[3:]))
+    if x.ndim == 2:
+        sample, x = SampleShape.of_vector(x.shape[1]), x[..., None]
+    else:
+        sample = SampleShape(x.shape[1], x.shape[2], tuple(x.shape[3:]))
     spec = TensorSpec(
         dtype_of(x.dtype), sample, x.shape[0], band_rows or x.shape[2], DataFormat.CHANNELS_FIRST
     )
@@ -229,7 +248,8 @@ def run(
             target[:, :, band.first_row : band.first_row + rows] = band.array
     finally:
         session.close()
-    return results
+    vectors = {result.name for result in plan.results if result.spec.sample.vector}
+    return {name: array[..., 0] if name in vectors else array for name, array in results.items()}
 
 
 def _all_bands(session: Session, x: NDArray[Any], spec: TensorSpec) -> Iterator[Band]:
@@ -245,10 +265,10 @@ def _all_bands(session: Session, x: NDArray[Any], spec: TensorSpec) -> Iterator[
 
 def open_session(
     plan: NetworkPlan,
-    operators: Mapping[str, Operator[Any]],
+    operators: Mapping[str, AnyOperator],
     workspace: Any,
     arrays: Arrays,
-    may_wait: Callable[[], bool] = never,
+    may_wait: MayWait = never,
 ) -> FlowSession | WholeSession:
     """The session that the plan asks for; the arguments are those of its class."""
     kind = WholeSession if plan.whole else FlowSession

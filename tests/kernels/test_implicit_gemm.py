@@ -38,7 +38,7 @@ from convservice_backends.cuda.array import DeviceArray
 from convservice_backends.cuda.convolution import ConvOperator
 from convservice_backends.cuda.device import Launch, Memory
 from convservice_backends.cuda.workspace import DeviceWorkspace
-from convservice_backends.operators import Run
+from convservice_backends.operators import Rows, Run
 from convservice_backends.reference import layer_reference
 from convservice_emulator.build import Compiler
 from convservice_emulator.device import INFO, EmulatedDevice
@@ -111,7 +111,7 @@ class Runner:
         workspace = DeviceWorkspace(self.stream, scratch, INFO, nothing_wrong)
         for first in range(0, whole.height, step):
             last = min(first + step, whole.height)
-            run = Run(rows, 0, x.shape[2], first, last, plan)
+            run = Run((Rows(rows, 0),), x.shape[2], first, last, plan)
             operator.compute(run, out[:, :, first:last], workspace, weights)
         host = np.empty(shape, out.dtype.numpy)
         self.stream.download(out.memory, host.reshape(-1).view(np.uint8))

@@ -29,8 +29,9 @@ from convservice_backends.cuda.session import DeviceSession, Way
 from convservice_backends.cuda.workspace import DeviceWorkspace
 from convservice_backends.interface import Check, Session, SessionPlan
 from convservice_backends.operators import Run
-from convservice_backends.plan import Manner, NetworkPlan, plan_session
+from convservice_backends.plan import Manner, NetworkPlan
 from convservice_backends.plan_cache import PlanCache
+from convservice_backends.planning import plan_session
 from convservice_backends.session import open_session
 
 if TYPE_CHECKING:

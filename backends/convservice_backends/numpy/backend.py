@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,22 +17,65 @@ import numpy as np
 from convservice.bands import TensorSpec
 from convservice.dtypes import DType
 from convservice.errors import BackendUnavailable, InternalError, Reason
-from convservice.layers import Activation, Conv, Layer
+from convservice.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Layer,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+)
 from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.cgroups import processors
 from convservice_backends.interface import Check, Description, Session, SessionPlan
-from convservice_backends.numpy.elementwise import ActivationOperator, NumpyArrays
+from convservice_backends.numpy.elementwise import ElementwiseOperator, NumpyArrays
 from convservice_backends.numpy.im2col import Im2colOperator
+from convservice_backends.numpy.linear import LinearOperator
+from convservice_backends.numpy.local import LocallyConnectedOperator
+from convservice_backends.numpy.pooling import PoolOperator
+from convservice_backends.numpy.reducing import FlattenOperator, GlobalPoolOperator
+from convservice_backends.numpy.transposed import TransposedOperator
 from convservice_backends.numpy.workers import SessionWorkspace, Workers
 from convservice_backends.operators import require_layers
-from convservice_backends.plan import Manner, NetworkPlan, plan_session
+from convservice_backends.plan import Manner, NetworkPlan
 from convservice_backends.plan_cache import PlanCache
+from convservice_backends.planning import plan_session
 from convservice_backends.session import open_session
 
 log = logging.getLogger(__name__)
 
-NumpyOperator = Im2colOperator | ActivationOperator
+NumpyOperator = (
+    Im2colOperator
+    | TransposedOperator
+    | LocallyConnectedOperator
+    | PoolOperator
+    | GlobalPoolOperator
+    | ElementwiseOperator
+    | FlattenOperator
+    | LinearOperator
+)
+
+OPERATORS: dict[type[Layer], Callable[[Any, DType], NumpyOperator]] = {
+    Conv: Im2colOperator,
+    ConvTranspose: TransposedOperator,
+    LocallyConnected: LocallyConnectedOperator,
+    MaxPool: PoolOperator,
+    AvgPool: PoolOperator,
+    GlobalMaxPool: GlobalPoolOperator,
+    GlobalAvgPool: GlobalPoolOperator,
+    Activation: ElementwiseOperator,
+    Add: ElementwiseOperator,
+    Flatten: FlattenOperator,
+    Linear: LinearOperator,
+}
+"""What computes each layer, given it and the type that it computes in."""
 
 
 class NumpyBackend:
@@ -64,7 +107,7 @@ class NumpyBackend:
         Raises:
             BackendUnavailable: a layer that this backend has no operator for.
         """
-        require_layers(network, (Conv, Activation), self.name)
+        require_layers(network, tuple(OPERATORS), self.name)
         return NumpyNetwork(network, self._workers)
 
     def close(self) -> None:
@@ -113,19 +156,11 @@ class NumpyNetwork:
         making them twice at the same time is harmless."""
         found = self._operators.get(accumulator)
         if found is None:
-            found = {node.id: _operator(node.layer, accumulator) for node in self._network.nodes}
+            found = {
+                node.id: OPERATORS[type(node.layer)](node.layer, accumulator) for node in self._network.nodes
+            }
             self._operators[accumulator] = found
         return found
-
-
-def _operator(layer: Layer, accumulator: DType) -> NumpyOperator:
-    if isinstance(layer, Conv):
-        return Im2colOperator(layer, accumulator)
-    if isinstance(layer, Activation):
-        return ActivationOperator(layer, accumulator)
-    raise BackendUnavailable(
-        f"backend 'numpy' has no {layer.type_name} layer", reason=Reason.BACKEND_UNAVAILABLE
-    )
 
 
 def _single_threaded_blas() -> str:

@@ -2,13 +2,13 @@
 
 Given a layer and a budget, `cut` shapes a block; `blocks_of` lists the blocks of a run; `gather` hands back
 the input under one of them, padding included: a view where the input can be read where it is, else a copy
-of just that part. There is no padded copy of the input.
+of just that part (`read`). There is no padded copy of the input.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,13 +16,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convservice.geometry import AxisWindow, SampleShape
-from convservice.layers import Conv
+from convservice.errors import InternalError, Reason
+from convservice.geometry import AxisWindow, PaddingMode, SampleShape
+from convservice.layers import Conv, LocallyConnected
 from convservice_backends.numpy.window import copy_window, needs_filling, segments
 from convservice_backends.operators import Run
+from convservice_backends.plan import BlockPlan
 
 ALIGNMENT = 64
 """Bytes to which the parts of a worker's scratch are aligned: a cache line."""
+
+
+@dataclass(frozen=True)
+class TiledPlan(BlockPlan):
+    """A plan of an operator whose bits do not depend on blocks: it cuts its work into tiles as it likes.
+
+    Attributes:
+        tile: sizes of what one task computes: channels, rows, and along the other output axes.
+    """
+
+    tile: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A range of virtual positions of one axis.
+
+    Attributes:
+        start: the first.
+        count: how many.
+        whole: size of the window that they lie at the beginning of.
+    """
+
+    start: int
+    count: int
+    whole: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,21 @@ def blocks_of(run: Run, shape: tuple[int, ...], stack: int = 1) -> Iterator[Bloc
             yield Block(samples, first, inside)
 
 
-def spans(layer: Conv, sizes: tuple[int, ...]) -> tuple[int, ...]:
+def tile_of(run: Run) -> tuple[int, ...]:
+    """The tile of a run that was planned with a `TiledPlan`."""
+    if not isinstance(run.blocks, TiledPlan):
+        raise InternalError("a run is computed with the operator's own plan", reason=Reason.INTERNAL)
+    return run.blocks.tile
+
+
+def tiles_of(tile: Sequence[int], starts: Sequence[int], ends: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """The tiles that cover starts <= p < ends, as slices along each axis."""
+    axes = zip(tile, starts, ends, strict=True)
+    for first in product(*(range(start, end, size) for size, start, end in axes)):
+        yield tuple(slice(a, min(a + size, end)) for a, size, end in zip(first, tile, ends, strict=True))
+
+
+def spans(layer: Conv | LocallyConnected, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Input positions along each axis that output of these sizes looks at, gaps included."""
     axes = zip(sizes, layer.kernel, layer.stride, layer.dilation, strict=True)
     return tuple((size - 1) * s + (k - 1) * d + 1 for size, k, s, d in axes)
@@ -144,6 +186,31 @@ def _is_packed(rows: NDArray[Any]) -> bool:
             return False
         step *= rows.shape[axis]
     return rows.strides[1] >= step
+
+
+def read(
+    source: NDArray[Any],
+    first_row: int,
+    sizes: Sequence[int | None],
+    axes: Sequence[Reach],
+    out: NDArray[Any],
+    *,
+    mode: PaddingMode = PaddingMode.ZEROS,
+    fill: float = 0.0,
+) -> None:
+    """Copies a part of the input, padding included, to `out`, (samples, channels, *wholes of the axes).
+
+    Args:
+        source: (samples, channels, rows held, *rest).
+        first_row: index in the sample of the first row held.
+        sizes: of the sample's spatial axes; its height None while it is not known.
+        axes: what part, along each of them.
+        out: written whole.
+        mode: what the padding reads.
+        fill: what stands where nothing real is read.
+    """
+    pieces = [segments(axis.start, axis.count, size, mode) for axis, size in zip(axes, sizes, strict=True)]
+    copy_window(source, first_row, pieces, out, fill)
 
 
 def carve(scratch: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Elementwise work on blocks: activations, and the one rounding at the end.
+"""Elementwise work on blocks: activations, sums of feature maps, and the one rounding at the end.
 
 Given a contiguous block in the accumulator's type, `activate` applies a function in place and `store`
 rounds it once into its destination. Each element is computed by itself, so its bits do not depend on where
@@ -7,7 +7,8 @@ in a block it lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,14 @@ from numpy.typing import NDArray
 
 from convservice.dtypes import DType
 from convservice.geometry import SampleShape
-from convservice.layers import Activation
+from convservice.layers import Activation, Add
 from convservice_backends.operators import Run, Task, Workspace
 from convservice_backends.plan import BlockPlan
 
 InPlace = Callable[[NDArray[Any]], None]
 
 BLOCK_ELEMENTS = 1 << 17
-"""Elements of an activation layer's block: what fits a core's cache beside its destination."""
+"""Elements computed at once: what fits a core's cache beside its destination."""
 
 CONVERTED_ELEMENTS = 1 << 14
 """Elements rounded at a time where a map leaves in another dtype than it is kept in."""
@@ -128,36 +129,52 @@ class NumpyArrays:
         return convert(array, dtype)
 
 
-class ActivationOperator:
-    """An activation layer: rows in, the same rows out."""
+class ElementwiseOperator:
+    """Rows in, the same rows out: an activation of one input, or the sum of several.
+
+    Args:
+        layer: the layer.
+        accumulator: the type it computes in.
+    """
 
     nbytes = 0
 
-    def __init__(self, layer: Activation, accumulator: DType) -> None:
-        self._function = activation_function(layer)
+    def __init__(self, layer: Activation | Add, accumulator: DType) -> None:
+        self._function = activation_function(layer.activation if isinstance(layer, Add) else layer)
         self._accumulator = accumulator
 
     def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
-        """Any rows give the same bits; blocks only bound the work between two checks."""
-        rows = max(1, BLOCK_ELEMENTS // given.row_elements)
-        elements = rows * given.row_elements
+        """Any rows give the same bits."""
+        elements = max(BLOCK_ELEMENTS, math.prod(given.rest))
         own = elements * self._accumulator.itemsize
-        return BlockPlan("elementwise", rows, out.rest, 0, own + temporary_bytes(elements, self._accumulator))
+        temporary = own + temporary_bytes(elements, self._accumulator)
+        return BlockPlan("elementwise", 1, out.rest, 0, temporary, any_rows=True)
 
     def compute(self, run: Run, out: NDArray[Any], workspace: Workspace) -> None:
-        """Applies the function to rows first <= i < last."""
+        """Computes rows first <= i < last, so many channels and rows at a time that a core's cache holds
+        them."""
+        samples, channels, rows = out.shape[:3]
+        row = math.prod(out.shape[3:])
+        rows_at_once = max(1, min(rows, BLOCK_ELEMENTS // row))
+        channels_at_once = max(1, BLOCK_ELEMENTS // (row * rows_at_once))
         tasks: list[Task] = []
-        for sample in range(out.shape[0]):
-            for row in range(run.first, run.last, run.blocks.rows):
-                last = min(row + run.blocks.rows, run.last)
-                given = run.rows[sample, :, row - run.first_row : last - run.first_row]
-                tasks.append(self._task(given, out[sample, :, row - run.first : last - run.first]))
-        workspace.run(tasks, float(out.size))
+        for sample in range(samples):
+            for channel in range(0, channels, channels_at_once):
+                some = slice(channel, channel + channels_at_once)
+                for first in range(run.first, run.last, rows_at_once):
+                    last = min(first + rows_at_once, run.last)
+                    given = [
+                        port.array[sample, some, first - port.first : last - port.first] for port in run.ports
+                    ]
+                    tasks.append(self._task(given, out[sample, some, first - run.first : last - run.first]))
+        workspace.run(tasks, float(out.size) * len(run.ports))
 
-    def _task(self, given: NDArray[Any], out: NDArray[Any]) -> Task:
+    def _task(self, given: Sequence[NDArray[Any]], out: NDArray[Any]) -> Task:
         def task(_: int) -> None:
             with np.errstate(all="ignore"):
-                block = np.array(given, dtype=self._accumulator.numpy, order="C", copy=True)
+                block = np.array(given[0], dtype=self._accumulator.numpy, order="C", copy=True)
+                for other in given[1:]:
+                    np.add(block, other, out=block, casting="unsafe", dtype=self._accumulator.numpy)
                 if self._function is not None:
                     self._function(block)
                 store(block, out)
@@ -165,4 +182,4 @@ class ActivationOperator:
         return task
 
 
-__all__ = ["ActivationOperator", "NumpyArrays", "activation_function", "convert", "store", "temporary_bytes"]
+__all__ = ["ElementwiseOperator", "NumpyArrays", "activation_function", "convert", "store", "temporary_bytes"]

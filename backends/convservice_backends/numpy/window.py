@@ -79,7 +79,11 @@ def needs_filling(axes: Sequence[Sequence[Segment]], spans: tuple[int, ...]) -> 
 
 
 def copy_window(
-    rows: NDArray[Any], first_row: int, axes: Sequence[Sequence[Segment]], window: NDArray[Any]
+    rows: NDArray[Any],
+    first_row: int,
+    axes: Sequence[Sequence[Segment]],
+    window: NDArray[Any],
+    fill: float = 0.0,
 ) -> None:
     """Copies what a block looks at.
 
@@ -88,13 +92,14 @@ def copy_window(
         first_row: index in the sample of the first row held.
         axes: the segments of every spatial axis.
         window: (samples, channels, *spans), written whole.
+        fill: what stands where nothing real is read.
     """
     covered = all(
         sum(piece.target.stop - piece.target.start for piece in pieces) == span
         for pieces, span in zip(axes, window.shape[2:], strict=True)
     )
     if not covered:
-        window.fill(0)
+        window.fill(fill)
     everything = slice(None)
     for pieces in product(*axes):
         at, *others = (piece.source for piece in pieces)

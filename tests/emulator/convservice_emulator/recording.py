@@ -26,7 +26,7 @@ from convservice_backends.cuda.convolution import ConvOperator
 from convservice_backends.cuda.device import DeviceInfo
 from convservice_backends.cuda.source import STRUCTURES, Kernel
 from convservice_backends.cuda.workspace import DeviceWorkspace
-from convservice_backends.operators import Run
+from convservice_backends.operators import Rows, Run
 from convservice_emulator.build import Compiler, LaunchFailed, cpp_of
 from convservice_emulator.device import INFO, EmulatedDevice
 from convservice_emulator.memory import Block
@@ -160,7 +160,7 @@ def record_layer(
     wanted = operator.scratch_bytes(whole, whole.height, x.shape[0])
     scratch = stream.allocate(wanted) if wanted else None
     workspace = DeviceWorkspace(stream, scratch, info, lambda: None)
-    run = Run(rows, 0, x.shape[2], 0, whole.height, operator.block_plan(sample, whole))
+    run = Run((Rows(rows, 0),), x.shape[2], 0, whole.height, operator.block_plan(sample, whole))
     operator.compute(run, out, workspace, weights)
     return tuple(device.recorded)
 
