@@ -44,6 +44,8 @@ class ServerConfig:
         listen: `HOST:PORT` to listen on; port 0 picks a free one; an IPv6 host stands in brackets.
         health_listen: likewise, for health checks alone, in plaintext; None for no such port.
         metrics: likewise, for Prometheus's page over HTTP; None for none.
+        traces: URL of the collector that OpenTelemetry's spans are sent to, `http://HOST:PORT` or with TLS
+            `https://HOST:PORT`, by OTLP over gRPC; None for no spans.
         backend: the backend for tensors that name none; `"auto"` takes the first that works.
         memory_budget_bytes: for all running tensors together; half of the memory that the process leaves.
         weights_budget_bytes: for all weights together, prepared forms included; a quarter of it.
@@ -75,6 +77,7 @@ class ServerConfig:
     listen: str = "127.0.0.1:50051"
     health_listen: str | None = None
     metrics: str | None = None
+    traces: str | None = None
     backend: str = "auto"
     memory_budget_bytes: int = _default("memory_budget_bytes")
     weights_budget_bytes: int = _default("weights_budget_bytes")
@@ -101,6 +104,11 @@ class ServerConfig:
         for name in ("health_listen", "metrics"):
             if getattr(self, name) is not None:
                 split_address(getattr(self, name), name)
+        if self.traces is not None:
+            match = re.fullmatch(r"https?://(.+?)/?", str(self.traces))
+            if match is None:
+                raise _wrong("traces", "a URL such as http://localhost:4317", self.traces)
+            split_address(match[1], "traces")
         for name in (
             "memory_budget_bytes",
             "weights_budget_bytes",

@@ -46,6 +46,7 @@ def configure(log_format: str, level: str) -> None:
     """Sends every record of this process at `level` or above to standard error, in `log_format`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.raiseExceptions = False  # a log that cannot be written, a full disk or a pipe without reader
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 
 from convservice.errors import ConvServiceError
@@ -68,8 +69,9 @@ def serve(config: ServerConfig, misspelt: Sequence[str] = ()) -> int:
             server.stop(0)
         return _cannot_start(exc.message)
     host, _ = config.address
-    sys.stdout.write(f"listening on {host}:{server.port}\n")
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads it; the log says it too
+        sys.stdout.write(f"listening on {host}:{server.port}\n")
+        sys.stdout.flush()
     events.get()
     server.stop()
     return EXIT_OK

@@ -38,6 +38,7 @@ from convservice_server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from convservice_server.metrics_port import MetricsPort
+    from convservice_server.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Server:
         self._started = False
         self._stopped = False
         self._metrics_port: MetricsPort | None = None
+        self._traces: Traces | None = None
         self.port = 0
         self.health_port = 0
         self.metrics_port = 0
@@ -139,6 +141,8 @@ class Server:
             self.health_port = self._health_only.listen(self.config.health_listen)
         if self.config.metrics is not None:
             self._open_metrics(self.config.metrics)
+        if self.config.traces is not None:
+            self._open_traces(self.config.traces)
         self._watchdog.__enter__()
         self._arrivals.__enter__()
         self._grpc.start()
@@ -191,6 +195,8 @@ class Server:
             self._arrivals.__exit__(None, None, None)
             if self._metrics_port is not None:
                 self._metrics_port.stop()
+            if self._traces is not None:
+                self._traces.stop()
             self._registry.close()
             if self._started:
                 log.info("stopped", extra={"fields": {"finished": finished}})
@@ -213,3 +219,12 @@ class Server:
         self._observation.add(metrics)
         self._metrics_port = MetricsPort(address, metrics.registry)
         self.metrics_port = self._metrics_port.port
+
+    def _open_traces(self, endpoint: str) -> None:
+        """Begins to make spans, and to send them."""
+        try:
+            from convservice_server.traces import Traces, to_collector
+        except ModuleNotFoundError as exc:
+            raise missing_package("traces", exc, "otel") from exc
+        self._traces = Traces(to_collector(endpoint))
+        self._observation.add(self._traces)

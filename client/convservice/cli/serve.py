@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     "who watches it": (
         Setting("health_listen", "HOST:PORT", "a port for health checks alone, in plaintext (default: none)"),
         Setting("metrics", "HOST:PORT", "a port for Prometheus's page, /metrics (default: none)"),
+        Setting("traces", "URL", "send spans there by OTLP over gRPC, as http://HOST:4317 (default: none)"),
     ),
     "limits; sizes take units, such as 512MiB or 2G": (
         Setting(
