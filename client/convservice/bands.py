@@ -32,7 +32,8 @@ class Band:
     """Consecutive rows of one sample, or several whole samples.
 
     Attributes:
-        array: (samples, channels, rows, *rest); what the SDK's `stream` hands out has no samples axis.
+        array: (samples, channels, rows, *rest); what the SDK's `stream` hands out has no samples axis, and a
+            vector there is (features,).
         sample: index of the (first) sample in its tensor.
         first_row: index of the first row in the sample.
         output: name of the output it belongs to; empty for input.

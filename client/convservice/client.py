@@ -112,7 +112,9 @@ class ConvClient(Convolutions[NDArray[Any]]):
 
         Args:
             network: a `Network`, a registered one, or a single layer.
-            x: (N, C, *spatial) or (C, *spatial); channels last with that `data_format`.
+            x: (N, C, *spatial) or (C, *spatial); channels last with that `data_format`. Vectors, (N, F) or
+                (F,), where the network begins with `Linear`. A network in which no layer fixes the number of
+                spatial axes takes x as samples, (N, C, *spatial) or (N, F).
             data_format: "channels_first" or "channels_last", for x and the results.
             out_dtype: the results' dtype, the network's own if None; integers are rounded half to even and
                 saturated.
@@ -124,8 +126,8 @@ class ConvClient(Convolutions[NDArray[Any]]):
             on_report: a function that is given the `TensorReport`: backend, algorithms and times.
 
         Returns:
-            The feature maps in x's rank and order of axes: one array, or a dict by name where the network has
-            several outputs.
+            The feature maps in x's rank and order of axes, one array, or a dict by name where the network has
+            several outputs. What comes of `Flatten` or `Linear` is (N, F), or (F,) where x is one sample.
 
         Raises:
             InvalidRequest, BackendUnavailable, ResourceExhausted, DeadlineExceeded, ServiceUnavailable: as
@@ -196,7 +198,8 @@ class ConvClient(Convolutions[NDArray[Any]]):
 
         Args:
             network: as for `run`.
-            bands: arrays (C, rows, *rest) of any height, top to bottom; with channels last (rows, *rest, C).
+            bands: arrays (C, rows, *rest) of any height, top to bottom; with channels last (rows, *rest, C);
+                for a network that takes vectors, one vector (F,) each.
                 They are taken in another thread. An array may be filled anew once the next one is asked for.
             shape: (C, H, W) or the like, or (N, C, H, W) for N samples one after another; with channels last
                 (H, W, C). H may be None: the tensor then ends when the bands do. A network that takes any
@@ -213,8 +216,8 @@ class ConvClient(Convolutions[NDArray[Any]]):
 
         Returns:
             A generator of `Band(array, sample, first_row, output)`; the array is (C, rows, *rest), or
-            (rows, *rest, C) with channels last. An exception of `bands` comes out of it as it is. Leaving
-            early cancels the stream.
+            (rows, *rest, C) with channels last. A vector comes as one band, its array (F,). An exception of
+            `bands` comes out of it as it is. Leaving early cancels the stream.
 
         Raises:
             ServiceUnavailable: the connection was lost. A stream is never sent again; `metadata["sample"]`

@@ -26,6 +26,8 @@ def test_the_readmes_code_runs(
     assert table in printed
     assert f"```\n{table}\n```" in README.read_text()
     assert names["images"].receptive_field((0, 0), (1, 32, 32)).inside == ((0, 14), (0, 14))
+    shapes = {"classes": (4, 10), "mask": (4, 1, 16, 16)}
+    assert names["heads"].output_shape((4, 3, 32, 32)) == shapes
     assert names["layer"].output_shape((1, 5, 5)) == (1, 3, 3)
     assert names["layer"].receptive_field((1, 0), (1, 5, 5)).inside == ((1, 4), (0, 3))
 

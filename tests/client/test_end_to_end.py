@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 import convservice
-from convservice import BackendUnavailable, Conv, ConvClient, Network, NetworkNotFound, TensorReport
+from convservice import (
+    Activation,
+    BackendUnavailable,
+    Conv,
+    ConvClient,
+    InvalidRequest,
+    Network,
+    NetworkNotFound,
+    Node,
+    TensorReport,
+)
 from convservice_backends.interface import Backend
 from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT
 
@@ -94,8 +104,6 @@ def test_run_map_and_stream_agree(client: ConvClient, rng: np.random.Generator) 
 
 
 def test_several_outputs_come_by_name(client: ConvClient, rng: np.random.Generator) -> None:
-    from convservice import Activation, Node
-
     first = Node("edges", Conv(random(rng, 2, 1, 3, 3)))
     network = Network(
         [first, Node("positive", Activation("relu"), ("edges",))], {"raw": "edges", "on": "positive"}
@@ -106,6 +114,26 @@ def test_several_outputs_come_by_name(client: ConvClient, rng: np.random.Generat
         assert np.array_equal(found["on"], np.maximum(found["raw"], 0))
     bands = list(client.stream(network, [x], shape=x.shape, dtype="float32"))
     assert {band.output for band in bands} == {"raw", "on"}
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3, 3000])
+def test_vectors_go_and_come_without_axes(client: ConvClient, rng: np.random.Generator, samples: int) -> None:
+    network = Network([Activation("relu")])
+    x = random(rng, samples, 500)
+    for data_format in ("channels_first", "channels_last"):
+        assert np.array_equal(client.run(network, x, data_format=data_format), np.maximum(x, 0))
+    assert network.output_shape(x.shape) == x.shape
+
+
+def test_vectors_are_mapped_and_streamed(client: ConvClient, rng: np.random.Generator) -> None:
+    network = Network([Activation("relu")])
+    x = random(rng, 6, 9)
+    for found, given in zip(client.map(network, [x[:2], x[2:3], x[3:]]), (x[:2], x[2:3], x[3:]), strict=True):
+        assert np.array_equal(found, np.maximum(given, 0))
+    bands = list(client.stream(network, iter(x[:1]), shape=(9,), dtype="float32"))
+    assert [(band.array.shape, band.sample, band.first_row) for band in bands] == [((9,), 0, 0)]
+    with pytest.raises(InvalidRequest, match=r"it must be \(9,\), one vector"):
+        list(client.stream(network, [x], shape=(9,), dtype="float32"))
 
 
 def test_large_weights_and_names(client: ConvClient, rng: np.random.Generator) -> None:

@@ -12,8 +12,21 @@ from hypothesis import strategies as st
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, dtype_of
 from convservice.errors import InvalidRequest
 from convservice.geometry import SampleShape, first_row_kept, real_position
-from convservice.layers import Activation, Conv
-from convservice.network import INPUT, MAX_NODES, Network, Node
+from convservice.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Layer,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+)
+from convservice.network import INPUT, MAX_NODES, Network, Node, Residual
 from tests.helpers import chain, trunk_with_two_heads
 from tests.strategies import Case, cases, fits
 
@@ -141,6 +154,10 @@ def test_a_chain_names_its_layers_and_its_output() -> None:
         ([Node("a", Activation(), ("a",))], None, "its input 'a' is no earlier node"),
         ([Node("a", Activation(), ())], None, "takes 1 input, not 0"),
         ([Node("a", Activation(), (INPUT, INPUT))], None, "takes 1 input, not 2"),
+        ([Node("a", Add())], None, r"layer 0 \(Add, id 'a'\): takes 2 to 64 inputs, not 1"),
+        ([Add()], None, "takes 2 to 64 inputs, not 1"),
+        ([Node("a", Add(), (INPUT,) * 65)], None, "takes 2 to 64 inputs, not 65"),
+        ([Node("a", Activation()), Activation()], None, "layer 0 is a Node; a chain is made of layers"),
         ([Activation(), "relu"], None, "layer 1 is a str"),
         ([Activation()], {"out": "missing"}, "output 'out' names 'missing', which is no node"),
         ([Activation()], {"out": INPUT}, "output 'out' names 'input', which is no node"),
@@ -326,3 +343,131 @@ def test_the_longest_chain_and_the_widest_padding_are_planned_at_once() -> None:
     wide = Conv(np.ones((1, 1, 3), np.float32), padding=2**30)
     assert wide.rows_held(SampleShape(1, 10)) == 3
     assert wide.rows_held(SampleShape(1, None)) == 3
+
+
+TWO = np.ones((2, 2, 3), np.float32)
+FORMS: list[tuple[Layer, str]] = [
+    (
+        MaxPool(2, padding=1, dilation=3),
+        '{"ceil_mode":false,"dilation":3,"kernel_size":2,"padding":1,"stride":2,"type":"max_pool"}',
+    ),
+    (
+        MaxPool((2, 3), padding="same", stride=1, ceil_mode=True),
+        (
+            '{"ceil_mode":true,"dilation":[1,1],"kernel_size":[2,3],"padding":"same","stride":[1,1],'
+            '"type":"max_pool"}'
+        ),
+    ),
+    (
+        AvgPool(3, padding=((0, 1),), count_include_pad=False),
+        (
+            '{"ceil_mode":false,"count_include_pad":false,"kernel_size":[3],"padding":[[0,1]],"stride":[3],'
+            '"type":"avg_pool"}'
+        ),
+    ),
+    (
+        AvgPool(3, padding="valid"),
+        '{"ceil_mode":false,"count_include_pad":true,"kernel_size":3,"padding":0,"stride":3,"type":"avg_pool"}',
+    ),
+    (GlobalMaxPool(), '{"type":"global_max_pool"}'),
+    (GlobalAvgPool(), '{"type":"global_avg_pool"}'),
+    (Flatten(), '{"type":"flatten"}'),
+    (
+        LocallyConnected(TWO[..., None], activation="relu"),
+        (
+            '{"activation":{"function":"relu"},"bias":null,"dilation":[1],"groups":1,"padding":[[0,0]],'
+            '"stride":[1],"type":"locally_connected","weight":"WEIGHT"}'
+        ),
+    ),
+    (
+        ConvTranspose(TWO, stride=2, output_padding=1, groups=2),
+        (
+            '{"activation":{"function":"linear"},"bias":null,"dilation":[1],"groups":2,"output_padding":[1],'
+            '"padding":[[0,0]],"stride":[2],"type":"conv_transpose","weight":"WEIGHT"}'
+        ),
+    ),
+    (
+        Linear(TWO[0], TWO[0, :, 0], activation=Activation("leaky_relu", 0.5)),
+        (
+            '{"activation":{"function":"leaky_relu","negative_slope":"3fe0000000000000"},"bias":"BIAS",'
+            '"type":"linear","weight":"WEIGHT"}'
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("layer", "form"), FORMS)
+def test_every_layers_canonical_form_is_the_one_the_contract_specifies(layer: Layer, form: str) -> None:
+    for word, tensor in zip(("WEIGHT", "BIAS"), layer.tensors, strict=False):
+        form = form.replace(word, tensor.digest.hex())
+    text = (
+        '{"nodes":[{"id":"a","inputs":["input"],"layer":' + form + '},{"id":"b","inputs":["a","a"],"layer":'
+        '{"activation":{"function":"linear"},"type":"add"}}],"outputs":[{"name":"output","node":"b"}]}'
+    )
+    network = Network([Node("a", layer), Node("b", Add(), ("a", "a"))])
+    assert network.canonical() == text.encode()
+
+
+def test_pooling_of_any_rank_is_another_than_that_of_one() -> None:
+    assert MaxPool(2).rank is None
+    assert MaxPool((2,)).rank == MaxPool(2, stride=(1,)).rank == MaxPool(2, padding=((0, 1),)).rank == 1
+    assert Network([MaxPool(2)]).name != Network([MaxPool((2,))]).name
+    assert Network([MaxPool(2)]).name == Network([MaxPool(2, stride=2, padding="valid", dilation=1)]).name
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank"),
+    [
+        ([Linear(np.ones((1, 1)))], 0),
+        ([Activation("relu"), Linear(np.ones((1, 1)))], 0),
+        ([Flatten(), Linear(np.ones((1, 1)))], None),
+        ([MaxPool(2), Flatten(), Linear(np.ones((1, 1)))], None),
+        ([MaxPool((2, 2)), Flatten(), Linear(np.ones((1, 1)))], 2),
+        ([GlobalAvgPool(), Conv(np.ones((1, 1, 1)))], 1),
+        ([Activation("relu"), MaxPool(2)], None),
+        ([Residual([Activation("relu")], [Conv(np.ones((1, 1, 1, 1, 1)))])], 3),
+    ],
+)
+def test_the_rank_is_that_of_the_input(layers: list[Layer], rank: int | None) -> None:
+    assert Network(layers).rank == rank
+
+
+def test_maps_that_do_not_fit_one_another_are_named() -> None:
+    trunk = Node("trunk", Conv(ONES))
+    network = Network([trunk, Node("sum", Add(), ("trunk", "input"))])
+    with pytest.raises(
+        InvalidRequest,
+        match=r"layer 1 \(Add, id 'sum'\) of 'trunk', 'input': all inputs of Add must have one shape, input 0"
+        r" has \(1, 4, 4\) and input 1 \(1, 6, 6\)",
+    ) as caught:
+        network.output_shape((1, 6, 6))
+    assert (caught.value.reason, caught.value.metadata["node"]) == ("INVALID_SHAPE", "sum")
+
+
+def test_linear_says_what_must_come_before_it() -> None:
+    network = Network([MaxPool((1, 1)), Linear(np.ones((3, 36)))])
+    with pytest.raises(InvalidRequest, match=r"layer 1 \(Linear, .* put a Flatten\(\) before it"):
+        network.output_shape((1, 6, 6))
+    fits = Network([MaxPool((1, 1)), Flatten(), Linear(np.ones((3, 36)))])
+    assert fits.output_shape((1, 6, 6)) == (3,)
+    with pytest.raises(InvalidRequest, match="weight has 36 input features, the input has 72") as caught:
+        fits.output_shape((2, 6, 6))
+    assert caught.value.reason == "CHANNEL_MISMATCH"
+
+
+@pytest.mark.parametrize("layer", [MaxPool(1), AvgPool(1), GlobalAvgPool(), GlobalMaxPool()])
+def test_a_vector_has_no_windows(layer: Layer) -> None:
+    with pytest.raises(InvalidRequest, match=r"1 to 3 spatial axes, the input is a vector: \(7,\)") as caught:
+        layer.output_shape((5, 7))
+    assert caught.value.reason == "INVALID_SHAPE"
+
+
+def test_the_plan_of_a_sum_counts_every_input() -> None:
+    network = Network([Conv(ONES, padding=1), Residual([Conv(np.ones((1, 1, 5, 5), np.float32), padding=2)])])
+    for shape in ((1, 90, 7), (1, None, 7)):
+        body, shortcut = network.plan(shape)[1:]
+        assert body.port_rows == (5,)
+        assert len(shortcut.port_rows) == 2
+        assert shortcut.rows_held == sum(shortcut.port_rows)
+        assert shortcut.bytes_held == shortcut.rows_held * 7 * 4
+        assert shortcut.delay_rows == body.delay_rows == 4
