@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from convservice.bands import Band, TensorSpec
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
+from convservice.errors import BackendUnavailable
 from convservice.geometry import SampleShape
 from convservice.layers import (
     Activation,
@@ -347,6 +348,14 @@ def trunk_with_two_heads(rng: np.random.Generator, dtype: DType) -> Network:
         ],
         {"wide": "wide", "low": "low"},
     )
+
+
+def demand_layers(backend: Backend, network: Network) -> None:
+    """Skips a test on a backend that has no operator for some layer of a network."""
+    try:
+        backend.prepare(network, Precision.HIGH)
+    except BackendUnavailable as exc:
+        pytest.skip(exc.message)
 
 
 @runtime_checkable

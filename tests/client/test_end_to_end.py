@@ -14,14 +14,20 @@ from convservice import (
     BackendUnavailable,
     Conv,
     ConvClient,
+    Flatten,
+    GlobalAvgPool,
     InvalidRequest,
+    Linear,
+    MaxPool,
     Network,
     NetworkNotFound,
     Node,
+    Residual,
     TensorReport,
 )
+from convservice.dtypes import FLOAT32
 from convservice_backends.interface import Backend
-from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT
+from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT, demand_layers, every_layer
 
 
 @pytest.fixture
@@ -154,3 +160,61 @@ def test_a_backend_that_is_not_there(client: ConvClient, rng: np.random.Generato
     for x in (random(rng, 1, 9, 9), random(rng, 1, 900, 900)):
         with pytest.raises(BackendUnavailable, match="no-such"):
             client.conv2d(x, random(rng, 1, 1, 3, 3), backend="no-such")
+
+
+def test_every_layer_in_one_call(client: ConvClient, backend: Backend, rng: np.random.Generator) -> None:
+    network = every_layer(FLOAT32)
+    demand_layers(backend, network)
+    x = random(rng, 3, 2, 8, 9)
+    registered = client.register(network)
+    found = registered(x)
+    assert {name: array.shape for name, array in found.items()} == network.output_shape(x.shape)
+    assert network.output_shape(x.shape) == {"scores": (3, 3), "wide": (3, 2), "maps": (3, 5, 4, 4)}
+    assert client.network(registered.name).output_shape(x.shape) == network.output_shape(x.shape)
+
+    last = registered(np.moveaxis(x, 1, -1), data_format="channels_last")
+    assert np.array_equal(np.moveaxis(last.pop("maps"), -1, 1), found["maps"])
+    assert all(np.array_equal(array, found[name]) for name, array in last.items())
+    for sample, result in zip(x, client.map(network, x), strict=True):
+        alone = client.run(network, sample)
+        assert {name: array.shape for name, array in alone.items()} == network.output_shape(sample.shape)
+        assert all(np.array_equal(array, alone[name]) for name, array in result.items())
+    assert all(np.array_equal(array, alone[name]) for name, array in _last(found).items())
+    assert {name: array.shape[0] for name, array in registered(x[:0]).items()} == dict.fromkeys(found, 0)
+
+    bands = [x[0, :, row : row + 3] for row in range(0, 8, 3)]
+    streamed = list(client.stream(network, bands, shape=x.shape[1:], dtype="float32"))
+    for name in ("scores", "wide"):
+        (band,) = [band for band in streamed if band.output == name]
+        assert np.array_equal(band.array, found[name][0])
+    maps = [band.array for band in streamed if band.output == "maps"]
+    assert np.array_equal(np.concatenate(maps, axis=1), found["maps"][0])
+
+
+def _last(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: array[-1] for name, array in results.items()}
+
+
+def test_a_whole_image_becomes_scores_while_its_height_is_unknown(
+    client: ConvClient, backend: Backend, rng: np.random.Generator
+) -> None:
+    network = Network(
+        [
+            Conv(random(rng, 4, 3, 3, 3), padding=1, activation="relu"),
+            Residual([Conv(random(rng, 4, 4, 5, 3), padding=(2, 1))], activation="relu"),
+            MaxPool(2),
+            GlobalAvgPool(),
+            Flatten(),
+            Linear(random(rng, 7, 4), random(rng, 7)),
+        ]
+    )
+    demand_layers(backend, network)
+    x = random(rng, 3, 90, 9)
+    whole = client.run(network, x)
+    assert whole.shape == (7,)
+    for height in (90, None):
+        bands = (x[:, at : at + 7] for at in range(0, 90, 7))
+        (band,) = client.stream(network, bands, shape=(3, height, 9), dtype="float32")
+        assert np.array_equal(band.array, whole)
+    with pytest.raises(InvalidRequest, match=r"layer 1 \(Flatten.*needs the height"):
+        client.stream(Network([network.nodes[0].layer, Flatten()]), [], shape=(3, None, 9), dtype="float32")
