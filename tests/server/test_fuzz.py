@@ -217,5 +217,7 @@ def _edge(field: FieldDescriptor, rng: random.Random) -> Any:
         )
     if field.type == FieldDescriptor.TYPE_DOUBLE:
         return rng.choice((0.0, -1.0, 1e308, float("nan"), float("inf")))
+    if field.type == FieldDescriptor.TYPE_BOOL:
+        return rng.random() < 0.5
     limit = {FieldDescriptor.TYPE_UINT32: 2**32, FieldDescriptor.TYPE_ENUM: 2**31}.get(field.type, 2**64)
     return rng.choice([number for number in NUMBERS if number < limit])
