@@ -17,24 +17,26 @@ RUN python -m venv /opt/pip \
     && python -m venv --without-pip /opt/convservice
 
 # What the project needs changes seldom: a layer of its own. Tests, headers, stubs and static libraries of these
-# packages are of no use to a program that runs.
+# packages are of no use to a program that runs. Compiled here, since nothing can be written where it runs; by
+# content, so that no time stamp matters.
 RUN python requirements.py pyproject.toml "$EXTRAS" > requirements.txt \
     && /opt/pip/bin/python -m pip --python /opt/convservice/bin/python install \
         --quiet --no-cache-dir --no-compile --only-binary :all: --requirement requirements.txt \
     && find /opt/convservice/lib -depth -type d \
         \( -path '*/numpy/*/tests' -o -path '*/scipy/*/tests' -o -path '*/numpy/tests' \) -exec rm -r {} + \
     && find /opt/convservice/lib -type f \
-        \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -path '*/numpy/*.a' -o -path '*/numpy/*.h' \) -delete
+        \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -path '*/numpy/*.a' -o -path '*/numpy/*.h' \) -delete \
+    && /opt/convservice/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/convservice/lib
 
 COPY README.md LICENSE ./
 COPY client client
 COPY backends backends
 COPY server server
-# Compiled here, since nothing can be written where it runs; by content, so that no time stamp matters.
 RUN /opt/pip/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir wheels . \
     && /opt/pip/bin/python -m pip --python /opt/convservice/bin/python install \
         --quiet --no-cache-dir --no-compile --no-deps wheels/*.whl \
-    && /opt/convservice/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/convservice/lib \
+    && /opt/convservice/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+        /opt/convservice/lib/python*/site-packages/convservice* \
     && install -d /var/cache/convservice
 
 FROM ${PYTHON_IMAGE}
@@ -60,6 +62,7 @@ ENV PATH=/opt/convservice/bin:$PATH \
     OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 BLIS_NUM_THREADS=1 VECLIB_MAXIMUM_THREADS=1 \
     CONVSERVICE_LISTEN=0.0.0.0:50051 \
     CONVSERVICE_HEALTH_LISTEN=127.0.0.1:50052 \
+    CONVSERVICE_METRICS=0.0.0.0:9464 \
     CONVSERVICE_LOG_FORMAT=json \
     CONVSERVICE_KERNEL_CACHE=/var/cache/convservice \
     CUPY_CACHE_DIR=/var/cache/convservice/cupy \
@@ -68,7 +71,7 @@ ENV PATH=/opt/convservice/bin:$PATH \
 USER 65532:65532
 WORKDIR /
 VOLUME /var/cache/convservice
-EXPOSE 50051
+EXPOSE 50051 9464
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["/opt/convservice/bin/convservice", "health", "--target", "127.0.0.1:50052"]

@@ -98,6 +98,11 @@ bench-convolution: $(BENCH_VENV)/bench.stamp ## time the backends beside PyTorch
 	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=67108864 OPENBLAS_NUM_THREADS=1 \
 		$(BENCH_VENV)/bin/python -m benchmarks.convolution
 
+.PHONY: bench-container
+bench-container: $(VENV)/test.stamp ## build the image; its size, the time to its first answer, its idle memory
+	tests/containers/engine-up
+	$(VENV)/bin/python -m benchmarks.container $(BENCH_ARGS)
+
 .PHONY: bench-gpu
 bench-gpu: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: every algorithm beside cuDNN, each result validated first
 	$(BENCH_VENV)/bin/python -m benchmarks.gpu $(BENCH_ARGS)

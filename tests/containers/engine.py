@@ -27,7 +27,7 @@ testcontainers_config.ryuk_disabled = True
 """Its reaper is an image of a registry; what a killed run leaves is removed by the next (see conftest.py)."""
 
 ROOT = Path(__file__).parents[2]
-SERVICE_PORT = 50051
+SERVICE_PORT, METRICS_PORT = 50051, 9464
 OWN = "convservice-test-"
 """How the names of the tests' own containers, networks and projects begin; their process's id follows."""
 
@@ -158,7 +158,7 @@ def following(command: Sequence[str]) -> Generator[Any]:
 
 @contextmanager
 def container(image: str, *arguments: str, **options: Any) -> Generator[Running]:
-    """A hardened container of an image, its port published on this machine alone; gone afterwards.
+    """A hardened container of an image, its ports published on this machine alone; gone afterwards.
 
     Args:
         image: its name.
@@ -170,9 +170,22 @@ def container(image: str, *arguments: str, **options: Any) -> Generator[Running]
     unit = DockerContainer(
         image, command=command, env=environment, name=own_name(), **{**HARDENED, **options}
     )
-    cast("dict[str, Any]", unit.ports)[f"{SERVICE_PORT}/tcp"] = ("127.0.0.1", None)
+    ports = cast("dict[str, Any]", unit.ports)
+    ports.update({f"{port}/tcp": ("127.0.0.1", None) for port in (SERVICE_PORT, METRICS_PORT)})
     with unit:
         yield Running(unit.get_container_id())
+
+
+def told(image: str, base_image: str, **more: str) -> dict[str, str]:
+    """What the compose files are told: the image under test, and free ports."""
+    return {
+        "CONVSERVICE_IMAGE": image,
+        "PYTHON_IMAGE": base_image,
+        "CONVSERVICE_PORT": "0",
+        "CONVSERVICE_METRICS_PORT": "0",
+        "CONVSERVICE_MEMORY": "512m",
+        **more,
+    }
 
 
 class Project:

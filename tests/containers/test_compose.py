@@ -13,22 +13,12 @@ from PIL import Image
 
 import convservice
 from convservice.worked_example import FEATURE_MAP, INPUT, WEIGHT
-from tests.containers.engine import Project, Running, compose_commands, run, wait_for_health
+from tests.containers.engine import Project, Running, compose_commands, run, told, wait_for_health
 
 MAIN = "docker-compose.yml"
-OVERRIDES = ((), ("docker-compose.gpu.yml",))
+SECURE, MUTUAL, GPU = (f"docker-compose.{name}.yml" for name in ("secure", "mtls", "gpu"))
+OVERRIDES = ((), (GPU,), (SECURE,), (MUTUAL,), (GPU, SECURE, MUTUAL))
 PROFILES = ((), ("scale",), ("demo",), ("scale", "demo"))
-
-
-def told(image: str, base_image: str, **more: str) -> dict[str, str]:
-    """What the compose files are told: the image under test, and a free port."""
-    return {
-        "CONVSERVICE_IMAGE": image,
-        "PYTHON_IMAGE": base_image,
-        "CONVSERVICE_PORT": "0",
-        "CONVSERVICE_MEMORY": "512m",
-        **more,
-    }
 
 
 @pytest.mark.parametrize(("override", "profiles"), list(product(OVERRIDES, PROFILES)))
@@ -76,8 +66,9 @@ def test_it_is_limited_and_locked(unit: Running) -> None:
     assert host["CapDrop"] == ["ALL"]
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
-    (published,) = host["PortBindings"].values()
-    assert [binding["HostIp"] for binding in published] == ["127.0.0.1"]
+    published = host["PortBindings"]
+    assert published.keys() == {"50051/tcp", "9464/tcp"}
+    assert {binding["HostIp"] for bindings in published.values() for binding in bindings} == {"127.0.0.1"}
     (volume,) = facts["Mounts"]
     assert volume["Destination"] == "/var/cache/convservice"
     assert facts["Config"]["User"] == "65532:65532"

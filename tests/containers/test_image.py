@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import convservice
 from convservice import Conv
-from tests.containers.engine import Running, container, docker, wait_for_health
+from tests.containers.engine import METRICS_PORT, WAIT, Running, container, docker, wait_for_health
 from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT
 
 
@@ -104,6 +106,32 @@ def test_sigterm_lets_a_running_tensor_finish(image: str) -> None:
         out, err = unit.logs()
         assert out == "listening on 0.0.0.0:50051\n"
         assert [json.loads(line)["message"] for line in err.splitlines()][-1] == "stopped"
+
+
+def test_the_metrics_page_counts_what_was_asked(service: Running, target: str) -> None:
+    address = f"http://{service.published(METRICS_PORT)}/metrics"
+
+    def page() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        with urllib.request.urlopen(address, timeout=WAIT) as response:
+            families = list(text_string_to_metric_families(response.read().decode()))
+        assert all(family.documentation for family in families)
+        return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+    answered = ("convservice_calls_total", frozenset({("method", "Convolve"), ("status", "OK")}))
+    received = ("convservice_received_bytes_total", frozenset({("method", "Convolve")}))
+    before = page()
+    with convservice.connect(target) as client:
+        for _ in range(3):
+            client.conv2d(np.ones((40, 50), "float32"), np.ones((2, 2), "float32"))
+    after = page()
+    while after[answered] < before.get(answered, 0) + 3:  # a call is counted just after its answer has left
+        after = page()
+    assert after[answered] == before.get(answered, 0) + 3
+    assert after[received] >= before.get(received, 0) + 3 * 40 * 50 * 4
+    assert after[("convservice_serving", frozenset())] == 1
+    assert after[("convservice_memory_budget_bytes", frozenset())] < 1 << 30, (
+        "a share of the container's limit"
+    )
 
 
 def test_the_logs_are_json_with_a_line_for_each_tensor(service: Running, target: str) -> None:
