@@ -107,6 +107,10 @@ bench-container: $(VENV)/test.stamp ## build the image; its size, the time to it
 bench-gpu: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: every algorithm beside cuDNN, each result validated first
 	$(BENCH_VENV)/bin/python -m benchmarks.gpu $(BENCH_ARGS)
 
+.PHONY: bench-gpu-others
+bench-gpu-others: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: the layers beside the convolution, beside PyTorch
+	$(BENCH_VENV)/bin/python -m benchmarks.gpu_others $(BENCH_ARGS)
+
 .PHONY: dev
 dev: $(VENV)/dev.stamp ## set up everything for an editor, and the commit hooks
 	$(VENV)/bin/pre-commit install

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (OSError, ValueError, TypeError, KeyError) as exc:  # whatever a file may hold
             parser.error(f"{type(exc).__name__}: {exc}")
         emulated = options.device == "emulator"
-        rig = _emulated(backend) if emulated else _gpu(stack, backend, options.seconds)
+        rig = emulated_rig(backend) if emulated else gpu_rig(stack, backend, options.seconds)
         gone = _measure(Course(rig, report, options, path), options)
         if not emulated:
             header["nvidia-smi after"] = driver_state(_bus())
@@ -189,13 +189,14 @@ def _algorithms(text: str) -> tuple[str, ...]:
     return names
 
 
-def _emulated(backend: CudaBackend) -> Rig:
+def emulated_rig(backend: CudaBackend) -> Rig:
+    """The device that stands in for a GPU, measured by the host's clock."""
     device = backend.contexts[0].device
     stream = device.stream()
     return Rig(device, stream, NumpyArrays(stream), HostClock(stream))
 
 
-def _gpu(stack: ExitStack, backend: CudaBackend, seconds: float) -> Rig:
+def gpu_rig(stack: ExitStack, backend: CudaBackend, seconds: float) -> Rig:
     """PyTorch and the backend on the same device, in streams of their own."""
     arrays = TorchArrays()
     torch = arrays.torch

@@ -3,11 +3,11 @@
     compute-sanitizer --tool memcheck python -m benchmarks.gpu_forms
     python -m benchmarks.gpu_forms --device emulator
 
-The problems are those of `gpu_problems`; a form that none of them launches is an error. Each runs in memory
-of exactly the sizes that it takes, so that a byte beside it is a byte of nobody. The answer is compared with
-a convolution in extended precision, within the bound that the service promises. Tensor cores are given sums
-besides that show how they round. Each problem is named before it runs; an error that a device does not
-survive ends the program.
+The problems are those of `gpu_problems` and `gpu_layer_problems`; a form that none of them launches is an
+error. Each runs in memory of exactly the sizes that it takes, so that a byte beside it is a byte of nobody.
+The answer is compared with one in extended precision, within the bound that the service promises. Tensor
+cores are given sums besides that show how they round. Each problem is named before it runs; an error that a
+device does not survive ends the program.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from benchmarks.gpu_arrays import NumpyArrays, convolved
 from benchmarks.gpu_cases import ConvCase
 from benchmarks.gpu_check import Wrong, sum_bound, within
 from benchmarks.gpu_device import backend_of, lost
+from benchmarks.gpu_layer_problems import check_layer, forms, layer_problems
 from benchmarks.gpu_problems import Problem, ask, operator_of, problems
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
 from convservice.layers import Conv
 from convservice.wire.enums import Precision
-from convservice_backends.cuda import elementwise
+from convservice_backends.cuda import addition, elementwise, reducing, summing, windowed
 from convservice_backends.cuda.array import DeviceArray
 from convservice_backends.cuda.device import Device, DeviceInfo, Memory, Stream
 from convservice_backends.cuda.elementwise import LINEAR, copy_launch
@@ -40,6 +41,9 @@ from convservice_backends.cuda.source import Kernel
 from convservice_backends.reference import rounded
 
 RELU = "relu"
+
+LAYERS = (windowed, reducing, summing, addition)
+"""Modules of layers beside the convolution."""
 
 LONG_SUM = ConvCase("sums of 4096 products", "forms", (1, 4096, 1, 72), (8, 4096, 1, 1))
 """As wide as it must be for the sums not to be split: a part's rounding errors would be fewer."""
@@ -199,6 +203,7 @@ def _work(device: Device, stream: Stream) -> Iterator[tuple[str, Callable[[], ob
     """What is to be run, with its name: all forms with zeros around, then with the other paddings."""
     info = device.info
     found, missing = problems(info)
+    missing |= {kernel for layers in LAYERS for kernel in layers.every_kernel()} - forms(info)
     for kernel in sorted(missing, key=lambda kernel: kernel.name):
         yield kernel.name, partial(_no_problem, kernel)
     for mode in ("zeros", "reflect", "replicate"):
@@ -210,6 +215,8 @@ def _work(device: Device, stream: Stream) -> Iterator[tuple[str, Callable[[], ob
             for power in SMALL_PRODUCTS:
                 name = f"tensor_core, 1 and 4095 products just below 2**{power}, {given}"
                 yield name, partial(check_long_sum, dtype_of(given), power, stream, info)
+    for layer_problem in layer_problems():
+        yield str(layer_problem), partial(check_layer, layer_problem, stream, info)
     for kernel in dict.fromkeys(elementwise.every_kernel()):
         yield kernel.name, partial(check_elementwise, kernel, stream)
 

@@ -18,7 +18,7 @@ from convservice.dtypes import DTYPES, DType
 from convservice.geometry import SampleShape
 from convservice.layers import Conv
 from convservice.wire.enums import Precision
-from convservice_backends.cuda import elementwise
+from convservice_backends.cuda import addition, elementwise, reducing, summing, windowed
 from convservice_backends.cuda.algorithms import NAMES
 from convservice_backends.cuda.algorithms.base import every_kernel
 from convservice_backends.cuda.array import DeviceArray
@@ -100,7 +100,8 @@ class Problem:
 def problems(info: DeviceInfo) -> tuple[list[Problem], set[Kernel]]:
     """Problems that launch all forms that a device can run, and the forms that none of them launches."""
     wanted = {kernel for kernel in every_kernel() if kernel.minimum <= info.architecture}
-    wanted -= set(elementwise.every_kernel())
+    for others in (elementwise, windowed, reducing, summing, addition):  # of other layers
+        wanted -= set(others.every_kernel())
     found: list[Problem] = []
     layers = {
         (case, dtype): Conv(np.ones(case.weight, dtype.numpy), **cast("Any", case.geometry))

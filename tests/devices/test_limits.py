@@ -17,7 +17,7 @@ from convservice.geometry import MAX_SIZE
 from convservice.layers import Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
-from convservice_backends.cuda import convolution
+from convservice_backends.cuda import pieces
 from convservice_backends.cuda.algorithms import NAMES
 from convservice_emulator.backend import EmulatorBackend
 from tests.helpers import (
@@ -85,7 +85,7 @@ def test_launches_of_any_size_find_their_working_memory(
     expected = run(EmulatorBackend(algorithm=algorithm).prepare(network, Precision.FAST), x)
     work = shape[0] * 7 * int(np.prod(shape[1:]))  # of one row of one sample
     for most, samples in itertools.product((25, 38, 51), (1, 5, 7, 13)):
-        monkeypatch.setattr(convolution, "MOST_WORK", most * work)
+        monkeypatch.setattr(pieces, "MOST_WORK", most * work)
         found = in_pieces(EmulatorBackend(algorithm=algorithm), network, x, samples)
         assert_same_bits(expected, found, f"{samples} samples at a time, launches of at most {most} rows")
 

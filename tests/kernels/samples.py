@@ -1,7 +1,8 @@
-"""Small layers that make every algorithm go through all that its kernels do, recorded on the emulator.
+"""Small layers that make every kernel go through all that it does, recorded on the emulator.
 
 Each is small enough for a sanitizer, with edges in every tile: fewer filters and positions than a tile has,
-terms that fill more than one stage of a pipeline, padding.
+terms that fill more than one stage of a pipeline, padding. Those of convolutions are here, those of other
+layers are some of `benchmarks.gpu_layer_problems`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu_layer_problems import RECIPES, LayerProblem
 from convservice.dtypes import FLOAT32, dtype_of
 from convservice.layers import Conv
 from convservice.wire.enums import Precision
@@ -71,17 +73,44 @@ SAMPLES = (
     Sample("winograd", (2, 24, 9, 11), (37, 24, 3, 3), precision=FAST),
 )
 
+OTHERS = tuple(
+    LayerProblem(recipe, dtype_of(dtype), dtype_of(dtype))
+    for recipe in RECIPES
+    if (
+        dtype := {
+            "max dilated, rounded up": "float32",
+            "average rounded up, padding counted": "bfloat16",
+            "transposed 4x4 stride 2": "float32",
+            "transposed, dilated by more than it steps": "float32",
+            "transposed depthwise": "float64",
+            "local 3x3": "float16",
+            "local with thresholds at every position": "float32",
+            "global max": "float32",
+            "global average": "float32",
+            "linear, one sample": "float32",
+            "linear, eleven samples": "float16",
+            "sum of twenty": "float32",
+        }.get(recipe.name)
+    )
+)
+"""Layers beside the convolution."""
 
-@lru_cache(maxsize=len(SAMPLES))
-def recorded(compiler: Compiler, sample: Sample) -> tuple[Recorded, ...]:
+EVERY: tuple[Sample | LayerProblem, ...] = (*SAMPLES, *OTHERS)
+
+
+@lru_cache(maxsize=len(EVERY))
+def recorded(compiler: Compiler, sample: Sample | LayerProblem) -> tuple[Recorded, ...]:
     """The launches of a sample."""
+    if isinstance(sample, LayerProblem):
+        other, inputs = sample.made()
+        return record_layer(compiler, other, *inputs, out_dtype=sample.out)
     rng = np.random.default_rng(11)
     dtype = dtype_of(sample.dtype)
     x = random_array(rng, sample.shape, dtype)
     weight = random_array(rng, sample.weight, dtype)
     thresholds = random_array(rng, sample.weight[:1], dtype)
     layer = Conv(weight, thresholds, activation=sample.activation, **sample.options)
-    return record_layer(compiler, layer, x, sample.algorithm, precision=sample.precision)
+    return record_layer(compiler, layer, x, algorithm=sample.algorithm, precision=sample.precision)
 
 
 @lru_cache(maxsize=2)

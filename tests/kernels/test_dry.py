@@ -11,8 +11,21 @@ from convservice.bands import TensorSpec
 from convservice.dtypes import FLOAT32, DType, dtype_of
 from convservice.errors import InvalidRequest, ResourceExhausted
 from convservice.geometry import SampleShape
-from convservice.layers import Activation, Conv
+from convservice.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+)
 from convservice.network import Network
+from convservice.nodes import Node
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.algorithms import NAMES
 from convservice_backends.cuda.backend import CudaBackend
@@ -45,6 +58,24 @@ def conv(shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> Conv
     return Conv(np.ones(shape, dtype), **options)
 
 
+def every_layer() -> Network:
+    """All layers beside the convolution, for an input of (4, 9, 8)."""
+    return Network(
+        [
+            Node("max", MaxPool(3, stride=1, padding=1)),
+            Node("sum", Add("relu"), ("max", "input")),
+            Node("average", AvgPool(2), ("sum",)),
+            Node("up", ConvTranspose(np.ones((4, 10, 3, 3), np.float32), stride=2), ("average",)),
+            Node("own", LocallyConnected(np.ones((2, 10, 8, 8, 2, 2), np.float32)), ("up",)),
+            Node("flat", Flatten(), ("own",)),
+            Node("scores", Linear(np.ones((5, 128), np.float32)), ("flat",)),
+            Node("most", GlobalMaxPool(), ("up",)),
+            Node("mean", GlobalAvgPool(), ("up",)),
+        ],
+        {name: name for name in ("flat", "scores", "most", "mean")},
+    )
+
+
 @pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize(
     ("network", "x", "out_dtype"),
@@ -55,8 +86,9 @@ def conv(shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> Conv
         (Network([conv((6, 1, 3, 3), groups=6)]), np.zeros((2, 6, 12, 12), np.uint8), None),
         (Network([conv((2, 3, 2, 3, 3), "float64")]), np.zeros((1, 3, 4, 5, 6)), None),
         (Network([conv((1, 1, 3, 3))]), np.zeros((1, 1, 1100, 600), np.float32), None),
+        (every_layer(), np.zeros((3, 4, 9, 8), np.float32), None),
     ],
-    ids=["small samples", "chain", "1-D half", "depthwise", "3-D double", "bands"],
+    ids=["small samples", "chain", "1-D half", "depthwise", "3-D double", "bands", "every layer"],
 )
 def test_the_same_kernels(
     network: Network, x: np.ndarray[Any, Any], out_dtype: DType | None, precision: Precision

@@ -376,7 +376,7 @@ def test_packed_filters(rng: np.random.Generator) -> None:
 def test_the_working_memory_is_what_it_says(rng: np.random.Generator, name: str) -> None:
     sizes = SHAPES[name]
     layer, x = sizes.layer(rng), random_array(rng, sizes.x, FLOAT32)
-    launches = record_layer(Compiler(), layer, x, "fourier")  # memory of exactly that size, its ends watched
+    launches = record_layer(Compiler(), layer, x, algorithm="fourier")  # memory of exactly that size, watched
     case = Case(layer, FLOAT32, math.prod(x.shape[3:]) * x.shape[1], Precision.HIGH, INFO.architecture)
     algorithm = Fourier(case)
     sample = layer.output_sample(SampleShape(x.shape[1], x.shape[2], x.shape[3:]))

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from benchmarks import gpu_forms, gpu_problems
+from benchmarks import gpu_forms, gpu_others, gpu_problems
 from benchmarks.gpu_arrays import convolved
 from benchmarks.gpu_check import Wrong
+from benchmarks.gpu_exact import Exact, exact
+from benchmarks.gpu_other_cases import CASES, TINY
 from convservice.dtypes import FLOAT32, dtype_of
 from convservice.errors import BackendUnavailable, Reason
-from convservice.layers import Conv
+from convservice.layers import Conv, Layer
 from convservice.wire.enums import Precision
 from convservice_emulator.backend import EmulatorBackend
 from convservice_emulator.build import Compiler
@@ -191,3 +195,28 @@ def test_without_a_gpu_the_suite_fails_and_does_not_skip(stand_ins: Path) -> Non
     assert done.returncode == 1
     assert done.stdout.count("CONVSERVICE_TEST_BACKENDS demands it") >= 2
     assert "failed: suite; algorithm winograd;" in done.stdout
+
+
+def test_layers_beside_the_convolution_are_measured(
+    compiler: Compiler, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--device", "emulator", "--cases", f"^{TINY}", "--batches", "3", "--precisions", "float16"]
+    assert gpu_others.main([*options, "--output", str(tmp_path / "others")]) == 0
+    table = (tmp_path / "others.md").read_text()
+    assert [line for line in capsys.readouterr().out.splitlines() if line not in table] == []
+    names = [case.name for case in CASES if case.name.startswith(TINY)]
+    assert names
+    assert all(f"| {name} | 3 | float16 | 0." in table for name in names)
+
+
+def test_a_layer_that_computes_something_else_is_not_timed(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def wrong(layer: Layer, inputs: Sequence[NDArray[Any]]) -> Exact:
+        found = exact(layer, inputs)
+        return replace(found, value=found.value + 1)
+
+    monkeypatch.setattr(gpu_others, "exact", wrong)
+    options = ["--device", "emulator", "--cases", "tiny max", "--batches", "1", "--precisions", "float32"]
+    assert gpu_others.main([*options, "--output", str(tmp_path / "others")]) == 1
+    assert "| wrong: " in (tmp_path / "others.md").read_text()

@@ -239,7 +239,7 @@ def test_the_peer_is_measured_in_both_layouts_once(
         return Rig(device, stream, NumpyArrays(stream), HostClock(stream), HostClock(stream))
 
     monkeypatch.setattr(gpu_run, "measure_peer", peer)
-    monkeypatch.setattr(gpu, "_emulated", with_peer)
+    monkeypatch.setattr(gpu, "emulated_rig", with_peer)
     path = tmp_path / "gpu-emulated"
     options = ["--no-stream", "--precisions", "float32", "--cases", "^2 to", "--batches", "1"]
     assert gpu.main(emulated(path, *options, "--algorithms", "chosen")) == 1

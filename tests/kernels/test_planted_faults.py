@@ -14,10 +14,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from benchmarks.gpu_layer_problems import LayerProblem
 from convservice_emulator.build import Compiler
 from convservice_emulator.recording import Recorded
 from convservice_emulator.sanitizers import Sanitizer
-from tests.kernels.samples import SAMPLES, recorded, recorded_copy
+from tests.kernels.samples import EVERY, recorded, recorded_copy
 
 ORDERS = (0, 1, 2)
 
@@ -43,6 +44,16 @@ EDITS = (
     ("fourier", "first + f >= a.group_out) continue", "first + f > a.group_out) continue"),
     ("winograd", "filter < a.group_out) finish_tile", "filter <= a.group_out) finish_tile"),
     ("winograd", "tile.row + i >= rows) continue", "tile.row + i > rows) continue"),
+    ("pool", "planes.item >= (unsigned)w.positions) return", "planes.item > (unsigned)w.positions) return"),
+    ("pool", "if (last >= axis.high) stop", "if (last > axis.high) stop"),
+    ("transposed", "first + f < a.group_out) finish", "first + f <= a.group_out) finish"),
+    ("transposed", "if (input >= axis.high) {", "if (input > axis.high) {"),
+    ("local", "planes.item >= (unsigned)a.positions) return", "planes.item > (unsigned)a.positions) return"),
+    ("local", "at >= 0 && first + s < a.samples", "at >= 0 && first + s <= a.samples"),
+    ("add", "i < a.elements;", "i <= a.elements;"),
+    ("global_pool", "i + turn * LANES < part.end)", "i + turn * LANES <= part.end)"),
+    ("linear", "i < part.end;", "i <= part.end;"),
+    ("fold", "i < maps;", "i <= maps;"),
 )
 """File, what stands there once, and what is planted in its place: a guard that lets one too many through."""
 
@@ -56,9 +67,10 @@ def launches(compiler: Compiler, file: str) -> Iterator[Recorded]:
     if file == "elementwise":
         yield recorded_copy(compiler, False)
         return
-    owners = {"reduce": "implicit_gemm", "stage": "tensor_core"}
-    for sample in SAMPLES:
-        if sample.algorithm == owners.get(file, file):
+    owners = {"reduce": "implicit_gemm", "stage": "tensor_core", "fold": "global_pool"}
+    for sample in EVERY:
+        owner = sample.recipe.kernel if isinstance(sample, LayerProblem) else sample.algorithm
+        if owner == owners.get(file, file):
             yield from (launch for launch in recorded(compiler, sample) if launch.kernel.file == file)
 
 

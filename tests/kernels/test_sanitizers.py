@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.gpu_layer_problems import LayerProblem
 from convservice_backends.cuda.algorithms import NAMES
 from convservice_emulator.build import Compiler
 from convservice_emulator.recording import Recorded, replay
 from convservice_emulator.sanitizers import Sanitizer
-from tests.kernels.samples import SAMPLES, Sample, recorded, recorded_copy
+from tests.kernels.samples import EVERY, SAMPLES, Sample, recorded, recorded_copy
 
 ORDERS = (0, 1, 2)
 
-each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+each_sample = pytest.mark.parametrize("sample", EVERY, ids=str)
 
 
 def assert_same(launch: Recorded, buffers: tuple[np.ndarray, ...], where: str) -> None:
@@ -27,7 +28,7 @@ def test_every_algorithm_has_a_sample() -> None:
 
 
 @each_sample
-def test_three_orders_give_the_same_bits(compiler: Compiler, sample: Sample) -> None:
+def test_three_orders_give_the_same_bits(compiler: Compiler, sample: Sample | LayerProblem) -> None:
     for launch in recorded(compiler, sample):
         for order in ORDERS:
             for seed in (1, 2) if order == 2 else (1,):
@@ -37,7 +38,9 @@ def test_three_orders_give_the_same_bits(compiler: Compiler, sample: Sample) -> 
 
 @pytest.mark.slow
 @each_sample
-def test_a_sanitizer_has_nothing_to_say(compiler: Compiler, sanitizer: Sanitizer, sample: Sample) -> None:
+def test_a_sanitizer_has_nothing_to_say(
+    compiler: Compiler, sanitizer: Sanitizer, sample: Sample | LayerProblem
+) -> None:
     for launch in recorded(compiler, sample):
         report = sanitizer.run(launch)
         assert not report.text, f"{launch.kernel.name}: {report.text}"

@@ -54,6 +54,94 @@ class ConvArguments(ctypes.Structure):
     )
 
 
+class PoolArguments(ctypes.Structure):
+    """`PoolArguments` of pool.cu: one launch of a pooling layer."""
+
+    _fields_ = (
+        ("window", ConvArguments),
+        ("ends", ctypes.c_int32 * 3),
+        ("counts_padding", ctypes.c_int32),
+    )
+
+
+class PartsArguments(ctypes.Structure):
+    """`PartsArguments` of parts.cuh: blocks of rows of a layer that reduces a whole sample."""
+
+    _fields_ = (
+        ("input", ctypes.c_uint64),
+        ("weights", ctypes.c_uint64),
+        ("parts", ctypes.c_uint64),
+        ("input_sample", ctypes.c_int64),
+        ("input_channel", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("weight_channel", ctypes.c_int64),
+        ("row", ctypes.c_int64),
+        ("samples", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("block_rows", ctypes.c_int32),
+        ("block_parts", ctypes.c_int32),
+        ("parts_at_all", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class FoldArguments(ctypes.Structure):
+    """`FoldArguments` of fold.cu: parts of a reduction into its running sums, and the end of it."""
+
+    _fields_ = (
+        ("parts", ctypes.c_uint64),
+        ("sums", ctypes.c_uint64),
+        ("thresholds", ctypes.c_uint64),
+        ("output", ctypes.c_uint64),
+        ("output_sample", ctypes.c_int64),
+        ("output_channel", ctypes.c_int64),
+        ("samples", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("begins", ctypes.c_int32),
+        ("maximum", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("divisor", ctypes.c_double),
+        ("slope", ctypes.c_double),
+    )
+
+
+ADDENDS = 16
+"""Arrays that one launch adds."""
+
+
+class Addend(ctypes.Structure):
+    """`Addend` of add.cu: one of the arrays that are added."""
+
+    _fields_ = (
+        ("input", ctypes.c_uint64),
+        ("sample", ctypes.c_int64),
+        ("channel", ctypes.c_int64),
+    )
+
+
+class AddArguments(ctypes.Structure):
+    """`AddArguments` of add.cu: the sum of several arrays of one shape."""
+
+    _fields_ = (
+        ("addends", Addend * ADDENDS),
+        ("sums", ctypes.c_uint64),
+        ("output", ctypes.c_uint64),
+        ("output_sample", ctypes.c_int64),
+        ("output_channel", ctypes.c_int64),
+        ("elements", ctypes.c_int64),
+        ("samples", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("begins", ctypes.c_int32),
+        ("ends", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("slope", ctypes.c_double),
+    )
+
+
 class MapArguments(ctypes.Structure):
     """`MapArguments` of elementwise.cu: elements of one array into another of the same shape."""
 

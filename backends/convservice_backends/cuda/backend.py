@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 from convservice.errors import BackendUnavailable, ConvServiceError, Reason
-from convservice.layers import Activation, Conv
 from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.device import Device
 from convservice_backends.cuda.lanes import Streams
 from convservice_backends.cuda.memory import DeviceMemory
 from convservice_backends.cuda.network import CudaNetwork
+from convservice_backends.cuda.operators import LAYERS
 from convservice_backends.interface import Description
 from convservice_backends.operators import require_layers
 from convservice_backends.plan import Manner
@@ -121,7 +121,7 @@ class CudaBackend:
         Raises:
             BackendUnavailable: a layer that this backend has no operator for.
         """
-        require_layers(network, (Conv, Activation), self.name)
+        require_layers(network, LAYERS, self.name)
         return CudaNetwork(network, precision, self._contexts, self._manner, self._algorithm)
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
 """A convolution on a device: which algorithm computes it, and the arguments of a run of rows.
 
 Given a layer and the types of its rows, `ConvOperator` chooses an algorithm, packs the filters for it and,
-run by run, hands the algorithm a `Problem` and its launches to the stream. The geometry becomes three `Axis`
-structures whatever the rank: missing axes come first, with one output and one weight.
+run by run, hands the algorithm a `Problem` and its launches to the stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convservice.dtypes import DType
-from convservice.errors import InternalError, InvalidRequest, Reason
-from convservice.geometry import MAX_SIZE, AxisWindow, PaddingMode, SampleShape
+from convservice.errors import InternalError, Reason
+from convservice.geometry import MAX_SIZE, PaddingMode, SampleShape
 from convservice.layers import FUNCTIONS, Conv
 from convservice.wire.enums import Precision
+from convservice_backends.cuda import pieces
 from convservice_backends.cuda.algorithms import Algorithm, Case, Fourier, Problem, choose
-from convservice_backends.cuda.arguments import AxisArguments, ConvArguments
+from convservice_backends.cuda.arguments import ConvArguments
 from convservice_backends.cuda.array import DeviceArray
+from convservice_backends.cuda.axes import sliding_axes
 from convservice_backends.cuda.device import DeviceInfo, Memory, Transform
 from convservice_backends.cuda.workspace import DeviceWorkspace
 from convservice_backends.operators import Run
 from convservice_backends.plan import BlockPlan
-
-MOST_WORK = 200_000_000_000
-"""Multiply-adds of one launch at most: a cancel is seen between launches. By datasheets a few milliseconds of
-a large GPU; not measured."""
-
-FAR = 1 << 30
-"""A coordinate beyond any that a kernel meets."""
 
 MOST_HELD = 1 << 28
 """Rows beyond any that a stage holds, its windows apart."""
@@ -110,13 +104,7 @@ class ConvOperator:
 
     def block_plan(self, given: SampleShape, out: SampleShape) -> BlockPlan:
         """Any rows give the same bits, beginning at a multiple of the algorithm's quantum."""
-        positions = math.prod(out.rest)
-        if positions > MAX_SIZE:
-            raise InvalidRequest(
-                f"a row of a feature map has at most {MAX_SIZE} positions on a device, not {positions}",
-                reason=Reason.SIZE_OVERFLOW,
-                metadata={"positions": str(positions), "maximum": str(MAX_SIZE)},
-            )
+        pieces.check_positions(math.prod(out.rest))
         quantum = self.algorithm.quantum
         return SampleBlockPlan(self.algorithm.name, quantum, out.rest, 0, any_rows=True, sample=out)
 
@@ -154,9 +142,7 @@ class ConvOperator:
     def _rows_at_once(self, out: SampleShape, rows: int, samples: int) -> int:
         """Output rows of one launch: at most `MOST_WORK`, a multiple of the quantum."""
         work = out.row_elements * samples * math.prod(self._layer.filters.shape[1:])
-        quantum = self.algorithm.quantum
-        most = min(MOST_WORK // max(1, work), MAX_SIZE // math.prod(out.rest)) // quantum * quantum
-        return max(1, min(rows, max(quantum, most)))
+        return pieces.rows_at_once(work, math.prod(out.rest), rows, quantum=self.algorithm.quantum)
 
     @staticmethod
     def _check_scratch(wanted: int, workspace: DeviceWorkspace) -> None:
@@ -183,6 +169,7 @@ class ConvOperator:
             raise InternalError(
                 f"a launch has {positions} positions, more than {MAX_SIZE}", reason=Reason.INTERNAL
             )
+        windows = layer.windows(SampleShape(rows.shape[1], run.height, rows.shape[3:]))
         arguments = ConvArguments(
             input=rows.address,
             filters=weights[0].address,
@@ -192,7 +179,7 @@ class ConvOperator:
             input_channel=rows.strides[1],
             output_sample=out.strides[0],
             output_channel=out.strides[1],
-            axes=tuple(self._axes(run, first, out)),
+            axes=sliding_axes(windows, run, first, out),
             samples=out.shape[0],
             groups=layer.groups,
             group_in=layer.in_channels // layer.groups,
@@ -207,19 +194,6 @@ class ConvOperator:
         holds = (rows.memory, out.memory, *weights)
         return Problem(arguments, whole, out.dtype, workspace.scratch, workspace.info.processors, holds)
 
-    def _axes(self, run: Run, first: int, out: DeviceArray) -> Iterator[AxisArguments]:
-        """The three axes of one launch, the innermost last."""
-        rest = run.rows.shape[3:]
-        windows = self._layer.windows(SampleShape(run.rows.shape[1], run.height, rest))
-        for _ in range(3 - len(windows)):
-            yield AxisArguments(count=1, low=0, high=1, kernel=1, stride=1, dilation=1, step=0)
-        sizes = (run.height, *rest)
-        steps = [math.prod(rest[axis:]) for axis in range(len(windows))]
-        for axis, (window, size, step) in enumerate(zip(windows, sizes, steps, strict=True)):
-            held_from, begin = (run.first_row, first) if axis == 0 else (0, 0)
-            count = out.shape[2 + axis]
-            yield _axis(window, size, step, held_from=held_from, first=begin, count=count)
-
 
 def _reach(layer: Conv, sample: SampleShape) -> int:
     """How far from 0 a coordinate may lie that a window looks at; along rows, which count from the first
@@ -229,19 +203,3 @@ def _reach(layer: Conv, sample: SampleShape) -> int:
         inside = min(MOST_HELD, MAX_SIZE if size is None else size) if axis == 0 else size or 0
         reaches.append(window.before + inside + window.after + window.extent + window.stride)
     return max(reaches)
-
-
-def _axis(
-    window: AxisWindow, size: int | None, step: int, *, held_from: int, first: int, count: int
-) -> AxisArguments:
-    """One axis, in coordinates that count from the first element held."""
-    return AxisArguments(
-        count=count,
-        start=first * window.stride - window.before - held_from,
-        low=max(-held_from, -FAR),
-        high=FAR if size is None else size - held_from,
-        kernel=window.kernel,
-        stride=window.stride,
-        dilation=window.dilation,
-        step=step,
-    )

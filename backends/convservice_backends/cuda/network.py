@@ -12,26 +12,23 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convservice.bands import TensorSpec
 from convservice.dtypes import DType
-from convservice.errors import BackendUnavailable, InternalError, Reason
-from convservice.layers import Activation, Conv
-from convservice.network import Network, Node
+from convservice.errors import InternalError, Reason
+from convservice.network import Network
 from convservice.wire.enums import Precision
-from convservice_backends.cuda.array import DeviceArray
-from convservice_backends.cuda.convolution import ConvOperator
-from convservice_backends.cuda.device import DeviceInfo, Memory
-from convservice_backends.cuda.elementwise import ActivationOperator, DeviceArrays
+from convservice_backends.cuda.elementwise import DeviceArrays
 from convservice_backends.cuda.lanes import SLOTS, Lane, locked_bytes, slot_bytes
+from convservice_backends.cuda.operators import DeviceOperator, operator_for, placed
 from convservice_backends.cuda.session import DeviceSession, Way
 from convservice_backends.cuda.workspace import DeviceWorkspace
 from convservice_backends.interface import Check, Session, SessionPlan
-from convservice_backends.operators import Run
+from convservice_backends.operators import AnyOperator
 from convservice_backends.plan import Manner, NetworkPlan
 from convservice_backends.plan_cache import PlanCache
-from convservice_backends.planning import plan_session
+from convservice_backends.planning import plan_session, sources
 from convservice_backends.session import open_session
 
 if TYPE_CHECKING:
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
 
 ALLOCATION_BYTES = 512
 """What an allocation may be rounded up to a multiple of."""
-
-DeviceOperator = ConvOperator | ActivationOperator
 
 
 @dataclass(frozen=True)
@@ -60,22 +55,6 @@ class DevicePlan(NetworkPlan):
     out_bytes: int
     working_bytes: int
     ways: int
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """An operator with its weights on one device."""
-
-    operator: DeviceOperator
-    weights: tuple[Memory, ...]
-
-    def block_plan(self, given: Any, out: Any) -> Any:
-        """See `operators.Operator`."""
-        return self.operator.block_plan(given, out)
-
-    def compute(self, run: Run, out: DeviceArray, workspace: DeviceWorkspace) -> None:
-        """See `operators.Operator`."""
-        self.operator.compute(run, out, workspace, self.weights)
 
 
 class CudaNetwork:
@@ -141,34 +120,29 @@ class CudaNetwork:
         """One device's part, its resources on the stack."""
         context.memory.promise(plan.device_bytes)
         stack.callback(context.memory.release, plan.device_bytes)
-        placed: dict[str, _Placed] = {}
+        operators: dict[str, AnyOperator] = {}
         beside = plan.device_bytes
         for name, operator in plan.operators.items():
             key = (self._token, name, *operator.packing)
             uploaded = context.memory.weights(key, operator.weights, beside=beside)
             weights = stack.enter_context(uploaded)
             beside += sum(memory.nbytes for memory in weights)
-            placed[name] = _Placed(operator, weights)
+            operators[name] = placed(operator, weights)
         streams = stack.enter_context(context.streams())
         lane = Lane(context.device, streams, plan.in_bytes, plan.out_bytes)
         stack.callback(lane.close)
         working = streams.compute.allocate(plan.working_bytes) if plan.working_bytes else None
         workspace = DeviceWorkspace(streams.compute, working, context.device.info, check)
         arrays = DeviceArrays(streams.compute)
-        driver = open_session(plan, placed, workspace, arrays, may_wait=lane.is_behind)
+        driver = open_session(plan, operators, workspace, arrays, may_wait=lane.is_behind)
         stack.callback(
             driver.close
         )  # its memory is the compute stream's own: what is under way keeps its turn
         return Way(lane, driver)
 
     def _plan_anew(self, spec: TensorSpec, out_dtype: DType | None) -> DevicePlan:
-        own, info = self._network.dtype(spec.dtype), self._contexts[0].device.info
-        operators = {
-            node.id: self._operator(node, spec, given, info)
-            for node, given in _givens(self._network, spec, own, self._manner)
-        }
+        operators = dict(self._operators(spec))
         plan = plan_session(self._network, operators, spec, out_dtype, self._manner)
-        operators = {name: operators[name] for name in plan.nodes}
         ways = max(1, min(len(self._contexts), spec.samples))
         in_bytes, out_bytes = _slots(plan)
         working = max(_working_bytes(plan, name, operator) for name, operator in operators.items())
@@ -188,33 +162,26 @@ class CudaNetwork:
             ways=ways,
         )
 
-    def _operator(self, node: Node, spec: TensorSpec, given: DType, info: DeviceInfo) -> DeviceOperator:
-        layer = node.layer
-        if isinstance(layer, Conv):
-            sample = self._network.shapes(spec.sample)[node.inputs[0]]
-            return ConvOperator(
-                layer,
+    def _operators(self, spec: TensorSpec) -> Iterator[tuple[str, DeviceOperator]]:
+        """The operator of every node that is needed, for the rows and samples that this tensor gives it."""
+        own, info = self._network.dtype(spec.dtype), self._contexts[0].device.info
+        shapes = self._network.shapes(spec.sample)
+        layers = {node.id: node.layer for node in self._network.nodes}
+        for name, taken in sources(self._network).items():
+            given = [self._manner.held(source, spec.dtype, own) for source in taken]
+            operator = operator_for(
+                layers[name],
                 given,
-                sample,
+                shapes[taken[0]],
                 precision=self._precision,
                 info=info,
                 algorithm=self._algorithm,
             )
-        if isinstance(layer, Activation):
-            return ActivationOperator(layer)
-        raise BackendUnavailable(
-            f"a CUDA device has no {layer.type_name} layer", reason=Reason.BACKEND_UNAVAILABLE
-        )
+            yield name, operator
 
 
 def _keep(network: CudaNetwork) -> None:
     """A network lives as long as its sessions: its weights are forgotten when it goes."""
-
-
-def _givens(network: Network, spec: TensorSpec, own: DType, manner: Manner) -> Iterator[tuple[Node, DType]]:
-    """Every node with the dtype of the rows that it is given."""
-    for node in network.nodes:
-        yield node, manner.held(node.inputs[0], spec.dtype, own)
 
 
 def _slots(plan: NetworkPlan) -> tuple[int, int]:
@@ -233,5 +200,7 @@ def _slots(plan: NetworkPlan) -> tuple[int, int]:
 def _working_bytes(plan: NetworkPlan, name: str, operator: DeviceOperator) -> int:
     """An operator's working memory for the largest run of the plan."""
     node = plan.nodes[name]
-    rows, samples = (node.out.height, plan.stack) if plan.whole else (node.run_rows, 1)
-    return operator.scratch_bytes(node.out, rows, samples)
+    if not plan.whole:
+        return operator.scratch_bytes(node.out, node.run_rows, 1)
+    rows = node.given.height if node.layer.reducing else node.out.height
+    return operator.scratch_bytes(node.out, rows, plan.stack)

@@ -14,9 +14,26 @@ from functools import lru_cache
 from importlib.resources import files
 
 from convservice.dtypes import DType
-from convservice_backends.cuda.arguments import ConvArguments, MapArguments
+from convservice_backends.cuda.arguments import (
+    AddArguments,
+    ConvArguments,
+    FoldArguments,
+    MapArguments,
+    PartsArguments,
+    PoolArguments,
+)
 
-STRUCTURES: dict[str, type[ctypes.Structure]] = {"conv": ConvArguments, "map": MapArguments}
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "conv": ConvArguments,
+    "map": MapArguments,
+    "pool": PoolArguments,
+    "parts": PartsArguments,
+    "fold": FoldArguments,
+    "add": AddArguments,
+}
+
+CONTAINED = {"pool": ("conv",)}
+"""Structures that others begin with."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +66,11 @@ class Kernel:
     @property
     def source(self) -> str:
         """The whole text, constants and headers included, with `#line` marks of where it comes from."""
-        structure = STRUCTURES[self.takes]
+        structures = (self.takes, *CONTAINED.get(self.takes, ()))
         constants = (
             ("KERNEL", self.name),
             ("THREADS", self.threads),
-            (f"{self.takes.upper()}_ARGUMENTS_BYTES", ctypes.sizeof(structure)),
+            *((f"{name.upper()}_ARGUMENTS_BYTES", ctypes.sizeof(STRUCTURES[name])) for name in structures),
             *self.constants,
         )
         lines = [f"#define {name} {value}" for name, value in constants]

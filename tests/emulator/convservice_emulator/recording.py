@@ -1,6 +1,6 @@
 """Launches recorded, and played again: with another text of the kernel, in another order, under a sanitizer.
 
-`record_layer` computes one convolution on a device that notes, for every launch, the arguments and the memory
+`record_layer` computes one layer on a device that notes, for every launch, the arguments and the memory
 that they point at, before and after. `replay` runs such a launch again on memory of exactly those sizes.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakSet
@@ -19,14 +19,12 @@ from numpy.typing import NDArray
 from convservice.dtypes import DType, dtype_of
 from convservice.errors import InternalError, Reason
 from convservice.geometry import SampleShape
-from convservice.layers import Conv
+from convservice.layers import Layer, Linear
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.array import DeviceArray
-from convservice_backends.cuda.convolution import ConvOperator
-from convservice_backends.cuda.device import DeviceInfo
+from convservice_backends.cuda.device import DeviceInfo, Stream
+from convservice_backends.cuda.operators import compute_whole, operator_for
 from convservice_backends.cuda.source import STRUCTURES, Kernel
-from convservice_backends.cuda.workspace import DeviceWorkspace
-from convservice_backends.operators import Rows, Run
 from convservice_emulator.build import Compiler, LaunchFailed, cpp_of
 from convservice_emulator.device import INFO, EmulatedDevice
 from convservice_emulator.memory import Block
@@ -110,18 +108,28 @@ class RecordingDevice(EmulatedDevice):
 
 def pointers(kernel: Kernel, arguments: bytes) -> dict[int, int]:
     """Offset to value of the pointers in a kernel's arguments."""
-    structure = STRUCTURES[kernel.takes]
-    fields = cast("Sequence[tuple[str, type[Any]]]", structure._fields_)
-    offsets = [getattr(structure, name).offset for name, kind in fields if kind is ctypes.c_uint64]
+    offsets = _pointer_offsets(STRUCTURES[kernel.takes])
     return {offset: int.from_bytes(arguments[offset : offset + 8], "little") for offset in offsets}
+
+
+def _pointer_offsets(kind: Any) -> Iterator[int]:
+    """Where a ctypes type, a structure or an array of them, has pointers."""
+    if kind is ctypes.c_uint64:
+        yield 0
+        return
+    for index in range(getattr(kind, "_length_", 0)):
+        first = index * ctypes.sizeof(kind._type_)
+        yield from (first + offset for offset in _pointer_offsets(kind._type_))
+    for name, field in getattr(kind, "_fields_", ()):
+        first = getattr(kind, name).offset
+        yield from (first + offset for offset in _pointer_offsets(field))
 
 
 def record_layer(
     compiler: Compiler,
-    layer: Conv,
-    x: NDArray[Any],
-    algorithm: str,
-    *,
+    layer: Layer,
+    *inputs: NDArray[Any],
+    algorithm: str | None = None,
     precision: Precision = Precision.HIGH,
     out_dtype: DType | None = None,
     info: DeviceInfo = INFO,
@@ -131,10 +139,10 @@ def record_layer(
     Args:
         compiler: of the kernels.
         layer: the layer.
-        x: (N, channels, *spatial), of a float dtype.
-        algorithm: which must fit.
+        inputs: (N, channels, *spatial) each, of float dtypes; for a fully connected layer, not flattened.
+        algorithm: of a convolution; it must fit.
         precision: what the caller allows.
-        out_dtype: of the feature map; x's where not given.
+        out_dtype: of the feature map; the first input's where not given.
         info: what the device says that it is.
     """
     device = RecordingDevice(compiler, info)
@@ -146,22 +154,21 @@ def record_layer(
         stream.upload(data, memory)
         return memory
 
-    given = dtype_of(x.dtype)
+    x = inputs[0]
+    dtypes = [dtype_of(array.dtype) for array in inputs]
     sample = SampleShape(x.shape[1], x.shape[2], tuple(x.shape[3:]))
-    whole = layer.output_sample(sample)
-    operator = ConvOperator(layer, given, sample, precision=precision, info=info, algorithm=algorithm)
-    if operator.name != algorithm:
+    flat = SampleShape.of_vector(sample.elements) if isinstance(layer, Linear) else sample
+    whole = layer.output_sample(flat)
+    operator = operator_for(layer, dtypes, sample, precision=precision, info=info, algorithm=algorithm)
+    if algorithm is not None and operator.name != algorithm:
         raise ValueError(f"{algorithm} does not compute this layer; {operator.name} does")
     weights = tuple(upload(array) for array in operator.weights())
-    rows = DeviceArray.packed(upload(x), x.shape, given)
-    written = out_dtype or given
+    given = zip(inputs, dtypes, strict=True)
+    rows = [DeviceArray.packed(upload(array), array.shape, dtype) for array, dtype in given]
+    written = out_dtype or dtypes[0]
     shape = (x.shape[0], whole.channels, whole.height, *whole.rest)
     out = DeviceArray.packed(stream.allocate(math.prod(shape) * written.itemsize), shape, written)
-    wanted = operator.scratch_bytes(whole, whole.height, x.shape[0])
-    scratch = stream.allocate(wanted) if wanted else None
-    workspace = DeviceWorkspace(stream, scratch, info, lambda: None)
-    run = Run((Rows(rows, 0),), x.shape[2], 0, whole.height, operator.block_plan(sample, whole))
-    operator.compute(run, out, workspace, weights)
+    compute_whole(operator, rows, out, cast("Stream", stream), info=info, weights=weights)
     return tuple(device.recorded)
 
 

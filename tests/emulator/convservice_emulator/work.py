@@ -1,14 +1,15 @@
 """How much arithmetic emulated devices have done, by which tests are held to what the emulator is for.
 
 `multiply_adds` is given a launch, that is a kernel and its arguments, and says for how many products of a
-convolution it stands; `DONE` adds them up over all devices of the process.
+layer it stands; `DONE` adds them up over all devices of the process.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 
-from convservice_backends.cuda.arguments import ConvArguments
+from convservice_backends.cuda.arguments import ConvArguments, PartsArguments
 from convservice_backends.cuda.source import Kernel
 
 HELPING = ("reduce", "stage")
@@ -39,13 +40,20 @@ DONE = Count()
 
 
 def multiply_adds(kernel: Kernel, arguments: bytes) -> int:
-    """Products of the convolution that a launch computes, padding included; none are saved by transforms.
+    """Products that a launch computes, padding included, of pooling the elements looked at; none are saved by
+    transforms.
 
-    0 for a launch that helps another, so that each convolution counts once.
+    0 for a launch that helps another, so that each layer counts once.
     """
-    if kernel.takes != "conv" or kernel.file in HELPING:
+    if kernel.file == "linear":
+        parts = PartsArguments.from_buffer_copy(arguments)
+        return int(parts.samples * parts.outputs * parts.channels * parts.rows * parts.row)
+    if kernel.takes not in {"conv", "pool"} or kernel.file in HELPING:
         return 0
-    a = ConvArguments.from_buffer_copy(arguments)
+    a = ConvArguments.from_buffer_copy(arguments)  # a pooling's begin with them
     if kernel.file == "fourier" and (a.split_depth or ("FINISH", 1) not in kernel.constants):
         return 0  # of several kernels and batches of tiles, the first batch's last
-    return int(a.samples * a.positions * a.groups * a.group_out * a.group_in * a.taps)
+    taps = a.taps
+    if kernel.file == "transposed":  # an output looks with every stride-th weight along each axis
+        taps = math.prod(-(-axis.kernel // axis.stride) for axis in a.axes)
+    return int(a.samples * a.positions * a.groups * a.group_out * a.group_in * taps)

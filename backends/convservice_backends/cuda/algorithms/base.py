@@ -138,12 +138,13 @@ class Algorithm(Protocol):
 
 def every_kernel() -> Iterator[Kernel]:
     """All forms that may ever be compiled; each algorithm's module has its own."""
-    from convservice_backends.cuda import elementwise
+    from convservice_backends.cuda import addition, elementwise, reducing, summing, windowed
     from convservice_backends.cuda.algorithms import ALGORITHMS
 
     for algorithm in ALGORITHMS:
         yield from algorithm.kernels()
-    yield from elementwise.every_kernel()
+    for layers in (elementwise, windowed, reducing, summing, addition):
+        yield from layers.every_kernel()
 
 
 def filters_as(layer: Conv, dtype: DType) -> NDArray[Any]:
