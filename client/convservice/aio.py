@@ -3,26 +3,26 @@
 # ruff: noqa: ASYNC109 - `timeout` is the promised argument, and its limit travels to the server
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, overload
 
 from numpy.typing import ArrayLike, NDArray
 
 from convservice import flows
 from convservice.aio_bandtransfer import stream_bands
+from convservice.aio_calls import AsyncCalls
 from convservice.aio_channel import AsyncConnection
-from convservice.aio_transfer import AsyncPipeline, each
+from convservice.aio_spreading import AsyncSpreadPipeline
+from convservice.aio_transfer import AsyncPipeline, each, numbered
 from convservice.arrays import Options, as_input
 from convservice.bands import Band
 from convservice.bandstream import BandJob
-from convservice.channel import Endpoint, Tls
 from convservice.convolutions import Convolutions
 from convservice.dtypes import DTypeLike
+from convservice.endpoint import Endpoint, Target, Tls
 from convservice.errors import ConvServiceError
-from convservice.flight import numbered, streamed
 from convservice.info import ServerInfo
 from convservice.jobs import Job
 from convservice.layers import Layer
@@ -35,20 +35,21 @@ from convservice.registered import (
     name_of,
     network_of,
 )
+from convservice.replicas import Replicas
 from convservice.transfer import OnReport
-
-T = TypeVar("T")
 
 
 def connect_async(
-    target: str, *, tls: Tls = None, token: str | None = None, timeout: float | None = None
+    target: Target, *, tls: Tls = None, token: str | None = None, timeout: float | None = None
 ) -> AsyncConvClient:
-    """An async client of the server at `target`; takes what `connect` takes."""
-    return AsyncConvClient(Endpoint(target, tls, token), timeout)
+    """An async client of the server at `target`, or of several; takes what `connect` takes."""
+    return AsyncConvClient(Endpoint.of(target, tls, token), timeout)
 
 
 class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
-    """An async client of one server; made by `connect_async`. Close it, or use it with `async with`.
+    """An async client of one server or several; made by `connect_async`.
+
+    Close it, or use it with `async with`.
 
     One client serves any number of tasks of one event loop. Methods take what `ConvClient`'s take and hand
     back what those do, awaited or in an `async for`. gRPC's asyncio cannot be used in a forked child of a
@@ -57,8 +58,7 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
 
     def __init__(self, endpoint: Endpoint, timeout: float | None = None) -> None:
         super().__init__(endpoint, timeout)
-        self._connection = AsyncConnection(endpoint)
-        self._known = flows.KnownNetworks()
+        self._calls = AsyncCalls(Replicas(endpoint, AsyncConnection))
 
     @overload
     async def run(
@@ -119,7 +119,7 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
         timeout: float | None = None,
         on_report: OnReport = None,
     ) -> AsyncGenerator[Any, None]:
-        """Sends many arrays through a network, one after another over one stream; see `ConvClient.map`.
+        """Sends many arrays through a network, without waiting between; see `ConvClient.map`.
 
         `xs` may be an async iterable; a plain one is iterated in the event loop and must not block. To leave
         early at a definite moment wrap the result in `contextlib.aclosing`.
@@ -128,13 +128,10 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
         net = network_of(network)
 
         async def jobs() -> AsyncIterator[Job]:
-            number = 0
             async for x in each(xs):
-                number += 1
-                job = Job.of(net, as_input(x, net.rank, options.data_format), options)
-                yield streamed(job, number)
+                yield Job.of(net, as_input(x, net.rank, options.data_format), options)
 
-        return self._results(net, jobs(), options, Meter(None, None, None), on_report)
+        return self._results(net, jobs(), options, on_report)
 
     def stream(
         self,
@@ -170,29 +167,42 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
     ) -> AsyncRegisteredNetwork:
         """Sends a network to the server, which keeps it; see `ConvClient.register`."""
         net = network_of(network)
-        await self._drive(flows.register(self._known, net), self._limit(timeout))
+        await self._calls.anywhere(lambda at: flows.register(at.known, net), self._limit(timeout))
         return AsyncRegisteredNetwork(self.run, net)
 
     async def network(self, name: str, *, timeout: float | None = None) -> AsyncRegisteredNetwork:
         """The registered network of that name; see `ConvClient.network`."""
-        network = await self._drive(flows.get_network(self._known, name), self._limit(timeout))
+        network = await self._calls.anywhere(
+            lambda at: flows.get_network(at.known, name), self._limit(timeout)
+        )
         return AsyncRegisteredNetwork(self.run, network)
 
     async def networks(self, *, timeout: float | None = None) -> tuple[str, ...]:
-        """The names of the caller's registered networks, in order."""
-        return await self._drive(flows.list_networks(), self._limit(timeout))
+        """The names of the caller's registered networks on any server, in order."""
+        found = await self._calls.everywhere(lambda _: flows.list_networks(), self._limit(timeout))
+        return flows.all_names(found)
 
     async def unregister(self, network: NetworkLike | str, *, timeout: float | None = None) -> None:
-        """Lets the server forget a network, given or named; see `ConvClient.unregister`."""
-        await self._drive(flows.unregister(self._known, name_of(network)), self._limit(timeout))
+        """Lets the server, or all of them, forget a network; see `ConvClient.unregister`."""
+        name = name_of(network)
+        flows.check_name(name)
+        found = await self._calls.everywhere(
+            lambda at: flows.unregister(at.known, name), self._limit(timeout)
+        )
+        flows.check_forgotten(found)
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """The server's version, backends (or why they cannot run), limits and use."""
-        return await self._drive(flows.server_info(), self._limit(timeout))
+        """The server's version, backends (or why they cannot run), limits and use; of several, one's."""
+        return await self._calls.anywhere(lambda _: flows.server_info(), self._limit(timeout))
+
+    async def infos(self, *, timeout: float | None = None) -> dict[str, ServerInfo]:
+        """What every server that can be reached says, by its address; see `ConvClient.infos`."""
+        found = await self._calls.everywhere(lambda _: flows.server_info(), self._limit(timeout))
+        return flows.answered(found)
 
     async def close(self) -> None:
-        """Closes the connection; calls that still run are cancelled. More than once is fine."""
-        await self._connection.close()
+        """Closes all connections; calls that still run are cancelled. More than once is fine."""
+        await self._calls.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -209,10 +219,12 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
         with metered(progress, job.input_bytes, job.output_bytes) as meter:
             collector = None
             if job.small:
-                collector = await self._drive(flows.convolve(self._known, job, self.target), options.timeout)
+                collector = await self._calls.anywhere(
+                    lambda at: flows.convolve(at.known, job, at.target), options.timeout
+                )
             if collector is None:
-                results = self._results(job.network, each(numbered(iter([job]))), options, meter, on_report)
-                (result,) = [result async for result in results]
+                pipeline = self._pipeline(each([job]), options, meter, on_report)
+                (result,) = [result async for result in pipeline.results(job.network)]
                 return result
             meter.sent(job.input_bytes)
             meter.received(job.output_bytes)
@@ -221,24 +233,25 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
         return collector.result()
 
     async def _results(
-        self,
-        network: Network,
-        jobs: AsyncIterator[Job],
-        options: Options,
-        meter: Meter,
-        on_report: OnReport,
+        self, network: Network, jobs: AsyncIterator[Job], options: Options, on_report: OnReport
     ) -> AsyncGenerator[Any, None]:
-        await self._drive(flows.ensure(self._known, network), options.timeout)
-
-        async def register(lacking: Network) -> None:
-            await self._drive(flows.register(self._known, lacking), options.timeout)
-
-        pipeline = AsyncPipeline(
-            self._connection, register, jobs, timeout=options.timeout, meter=meter, on_report=on_report
-        )
-        async with aclosing(pipeline.results()) as results:
+        await self._calls.look_up(options.timeout)
+        if len(self._calls.replicas.current()) == 1:
+            pipeline = self._pipeline(jobs, options, Meter(None, None, None), on_report)
+            found = pipeline.results(network)
+        else:
+            spread = AsyncSpreadPipeline(self._calls, jobs, timeout=options.timeout, on_report=on_report)
+            found = spread.results()
+        async with aclosing(found) as results:
             async for result in results:
                 yield result
+
+    def _pipeline(
+        self, jobs: AsyncIterator[Job], options: Options, meter: Meter, on_report: OnReport
+    ) -> AsyncPipeline:
+        return AsyncPipeline(
+            self._calls, numbered(jobs), timeout=options.timeout, meter=meter, on_report=on_report
+        )
 
     async def _stream(
         self,
@@ -248,32 +261,23 @@ class AsyncConvClient(Convolutions[Coroutine[Any, Any, NDArray[Any]]]):
         progress: ProgressLike,
         on_report: OnReport,
     ) -> AsyncGenerator[Band, None]:
-        self._known.forget(job.network.name)  # nothing is sent again, so the server is asked beforehand
-        await self._drive(flows.ensure(self._known, job.network), options.timeout)
-        with metered(progress, job.request.spec.total_bytes, job.output_bytes) as meter:
-            results = stream_bands(
-                self._connection, job, bands, timeout=options.timeout, meter=meter, on_report=on_report
+        async with self._calls.route(options.timeout) as route:
+            # Nothing is sent again, so the server is asked beforehand.
+            await self._calls.along(
+                route, lambda at: flows.ensure_now(at.known, job.network), options.timeout
             )
-            async with aclosing(results):
-                async for band in results:
-                    yield band
+            connection = route.replica.connection
+            with metered(progress, job.request.spec.total_bytes, job.output_bytes) as meter:
+                results = stream_bands(
+                    connection, job, bands, timeout=options.timeout, meter=meter, on_report=on_report
+                )
+                try:
+                    async with aclosing(results):
+                        async for band in results:
+                            yield band
+                except ConvServiceError as exc:
+                    route.failed(exc)
+                    raise
 
     def _limit(self, timeout: float | None) -> float | None:
         return self._options("channels_first", None, "high", None, timeout).timeout
-
-    async def _drive(self, flow: flows.Flow[T], timeout: float | None) -> T:
-        """Makes the calls of a flow, all of them within `timeout` seconds, and hands back its result."""
-        end = None if timeout is None else time.monotonic() + timeout
-        try:
-            call = next(flow)
-            while True:
-                left = None if end is None else max(0.001, end - time.monotonic())
-                try:
-                    answer = await self._connection.unary(call.method, call.payload(), left)
-                except ConvServiceError as exc:
-                    call = flow.throw(exc)
-                else:
-                    call = flow.send(answer)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result

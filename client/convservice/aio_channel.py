@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from convservice.channel import Endpoint, closed_error
+from convservice.addresses import Address
+from convservice.channel import call_metadata, channel_options, closed_error
+from convservice.endpoint import Endpoint
 from convservice.errors import Cancelled, Reason
 from convservice.rpc_errors import error_of
 from convservice.v1 import conv_pb2 as pb
@@ -22,10 +24,12 @@ T = TypeVar("T")
 
 
 class AsyncConnection:
-    """One channel for the event loop it is used in, opened when it is first needed."""
+    """One channel for the event loop it is used in, opened when it is first needed; see `Connection`."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, endpoint: Endpoint, address: Address, lone: bool = True) -> None:
+        self._endpoint = endpoint
+        self._address = address
+        self._lone = lone
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -34,7 +38,7 @@ class AsyncConnection:
     @property
     def target(self) -> str:
         """The server."""
-        return self.endpoint.target
+        return self._address.target
 
     def stub(self) -> Any:
         """The service's methods over this loop's channel.
@@ -46,13 +50,13 @@ class AsyncConnection:
             raise closed_error(self.target)
         loop = asyncio.get_running_loop()
         if self._channel is None or self._loop is not loop:
-            self._channel, self._loop = self.endpoint.open_async(), loop
+            self._channel, self._loop = self._open(), loop
             self._stub = ConvServiceStub(self._channel)
         return self._stub
 
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:  # noqa: ASYNC109 - gRPC's own
         """The answer of a call with one answer; `request` is a message, or an iterator of messages."""
-        call = getattr(self.stub(), method)(request, timeout=timeout, metadata=self.endpoint.metadata)
+        call = getattr(self.stub(), method)(request, timeout=timeout, metadata=call_metadata(self._endpoint))
         status = _status_of(call)
         try:
             return await call
@@ -64,7 +68,7 @@ class AsyncConnection:
 
     def stream(self, timeout: float | None) -> AsyncStream:
         """Starts a `ConvolveStream` call."""
-        call = self.stub().ConvolveStream(timeout=timeout, metadata=self.endpoint.metadata)
+        call = self.stub().ConvolveStream(timeout=timeout, metadata=call_metadata(self._endpoint))
         return AsyncStream(call, self.target, timeout)
 
     async def close(self) -> None:
@@ -73,6 +77,13 @@ class AsyncConnection:
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close()
+
+    def _open(self) -> grpc.aio.Channel:
+        target, options = self._address.target, channel_options(self._address, self._lone)
+        credentials = self._endpoint.credentials()
+        if credentials is None:
+            return grpc.aio.insecure_channel(target, options=options)
+        return grpc.aio.secure_channel(target, credentials, options=options)
 
 
 class AsyncStream:

@@ -7,18 +7,22 @@ runs in one event loop, so nothing needs a lock.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
+from convservice import flows
+from convservice.aio_calls import AsyncCalls, AsyncReplica
 from convservice.aio_channel import AsyncConnection, AsyncStream
+from convservice.attempts import is_missing
 from convservice.errors import Cancelled, ConvServiceError, ServiceUnavailable
-from convservice.flight import Flight
-from convservice.flows import is_missing
+from convservice.flight import Flight, streamed
 from convservice.jobs import Collector, Job, broken
 from convservice.network import Network
 from convservice.progress import Meter
-from convservice.transfer import BACKOFF, OnReport, timed_out, unanswered
+from convservice.replicas import Route
+from convservice.transfer import OnReport, Supply, timed_out, unanswered
 from convservice.v1 import conv_pb2 as pb
 
 T = TypeVar("T")
@@ -32,16 +36,15 @@ class AsyncPipeline:
 
     def __init__(
         self,
-        connection: AsyncConnection,
-        register: Callable[[Network], Awaitable[None]],
+        calls: AsyncCalls,
         jobs: AsyncIterator[Job],
         *,
         timeout: float | None,
         meter: Meter,
         on_report: OnReport = None,
     ) -> None:
-        self._connection = connection
-        self._register = register
+        self._calls = calls
+        self._route: Route[AsyncConnection] = Route(calls.replicas)
         self._jobs = jobs
         self._timeout = timeout
         self._meter = meter
@@ -56,17 +59,21 @@ class AsyncPipeline:
         self._writer: asyncio.Task[None] | None = None
         self._fatal: BaseException | None = None
 
-    async def results(self) -> AsyncGenerator[Any, None]:
+    async def results(self, network: Network) -> AsyncGenerator[Any, None]:
         """The results, in order. Leaving early cancels the call."""
-        try:
-            while (collector := await self._next()) is not None:
-                if self._on_report is not None and collector.report is not None:
-                    self._on_report(collector.report)
-                yield collector.result()
-        finally:
-            self._drop_call()
-            if self._pulling is not None:
-                self._pulling.cancel()
+        async with self._calls.route(self._timeout) as self._route:
+            try:
+                await self._calls.along(
+                    self._route, lambda at: flows.ensure(at.known, network), self._timeout
+                )
+                while (collector := await self._next()) is not None:
+                    if self._on_report is not None and collector.report is not None:
+                        self._on_report(collector.report)
+                    yield collector.result()
+            finally:
+                self._drop_call()
+                if self._pulling is not None:
+                    self._pulling.cancel()
         if self._jobs_error is not None:
             raise self._jobs_error
 
@@ -78,14 +85,18 @@ class AsyncPipeline:
                 return await self._attempts(limit)
         except TimeoutError:
             if limit.expired():
-                raise timed_out(self._timeout or 0.0, self._connection.target) from None
+                raise timed_out(self._timeout or 0.0, self._route.target) from None
             raise
 
     async def _attempts(self, limit: asyncio.Timeout) -> Collector | None:
-        failures, registered = 0, False
+        registered: set[AsyncReplica] = set()
+        supply: Supply | None = None
         while True:
             try:
-                return await self._attempt(limit)
+                if supply is not None:
+                    await self._supply(supply)
+                    supply = None
+                collector = await self._attempt(limit)
             except ConvServiceError as exc:
                 self._drop_call()
                 if self._fatal is not None:
@@ -95,14 +106,23 @@ class AsyncPipeline:
                         continue
                     return None
                 job = self._flight.oldest
-                if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
-                    await asyncio.sleep(BACKOFF[failures])
-                    failures += 1
+                if is_missing(exc) and self._route.replica not in registered and job is not None:
+                    registered.add(self._route.replica)
+                    supply = partial(flows.register, network=job.network)
                     continue
-                if not is_missing(exc) or registered or job is None:
+                pause = self._route.failed(exc, patient=True)
+                if pause is None:
                     raise
-                await self._register(job.network)
-                registered = True
+                supply = None if job is None else partial(flows.ensure, network=job.network)
+                await asyncio.sleep(pause)
+            else:
+                self._route.succeeded()
+                return collector
+
+    async def _supply(self, supply: Supply) -> None:
+        """Sends the network to the server where the work is now."""
+        replica = self._route.replica
+        await self._calls.at(replica, supply(replica.known), self._timeout)
 
     def _nothing_to_send(self) -> bool:
         """Whether a lost connection matters to no job."""
@@ -129,24 +149,24 @@ class AsyncPipeline:
                 self._flight.deliver()
                 self._changed.set()
                 return collector
-        raise unanswered(self._connection.target)
+        raise unanswered(self._route.target)
 
     async def _read_end(self, call: AsyncStream) -> None:
         """Lets the server end the stream; with every tensor delivered, how it ends is all the same."""
         with suppress(Cancelled, ServiceUnavailable):
             if await call.answer() is not None:
-                raise broken("an answer came after every tensor was closed", self._connection.target)
+                raise broken("an answer came after every tensor was closed", self._route.target)
 
     def _collector(self) -> Collector:
         job = self._flight.oldest
         if job is None:
-            raise broken("an answer came before any tensor was sent", self._connection.target)
-        return Collector(job, self._connection.target)
+            raise broken("an answer came before any tensor was sent", self._route.target)
+        return Collector(job, self._route.target)
 
     def _open_call(self) -> AsyncStream:
         self._meter.restart()
         self._flight.lose()
-        call = self._call = self._connection.stream(None)
+        call = self._call = self._route.replica.connection.stream(None)
         call.when_over(self._changed.set)
         self._writer = asyncio.create_task(self._write(call))
         return call
@@ -233,3 +253,11 @@ async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
     else:
         for item in items:
             yield item
+
+
+async def numbered(jobs: AsyncIterator[Job]) -> AsyncIterator[Job]:
+    """The jobs with ids 1, 2, ... as a stream wants them."""
+    number = 0
+    async for job in jobs:
+        number += 1
+        yield streamed(job, number)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from convservice.bands import DataFormat
-from convservice.channel import check_timeout
 from convservice.dtypes import FLOAT64, DType, DTypeLike, dtype_of
+from convservice.endpoint import check_timeout
 from convservice.errors import InvalidRequest, Reason
 from convservice.geometry import MAX_RANK, SampleShape
 from convservice.layers import split_shape

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, overload
 
 from numpy.typing import ArrayLike, NDArray
 
@@ -14,9 +13,11 @@ from convservice.arrays import Options, as_input
 from convservice.bands import Band
 from convservice.bandstream import BandJob
 from convservice.bandtransfer import stream_bands
-from convservice.channel import Connection, Endpoint, Tls
+from convservice.calls import Calls
+from convservice.channel import Connection
 from convservice.convolutions import Convolutions
 from convservice.dtypes import DTypeLike
+from convservice.endpoint import Endpoint, Target, Tls
 from convservice.errors import ConvServiceError
 from convservice.flight import numbered
 from convservice.info import ServerInfo
@@ -31,18 +32,20 @@ from convservice.registered import (
     name_of,
     network_of,
 )
+from convservice.replicas import Replicas
+from convservice.spreading import SpreadPipeline
 from convservice.transfer import OnReport, Pipeline
-
-T = TypeVar("T")
 
 
 def connect(
-    target: str, *, tls: Tls = None, token: str | None = None, timeout: float | None = None
+    target: Target, *, tls: Tls = None, token: str | None = None, timeout: float | None = None
 ) -> ConvClient:
-    """A client of the server at `target`; it connects when the first call is made.
+    """A client of the server at `target`, or of several; it connects when the first call is made.
 
     Args:
-        target: `HOST:PORT`, or a gRPC target such as `unix:PATH`.
+        target: `HOST:PORT`, or a gRPC target such as `unix:PATH`. Several servers that do the same work are
+            a list of these, one string with commas between, or a name that has several addresses: the work
+            is spread over them, and goes on elsewhere when one is lost.
         tls: None for plaintext; True for TLS with the system's authorities; a CA as a path or PEM bytes; or
             (CA or None, client certificate, client key).
         token: sent with every call as a bearer token; over plaintext only to this machine.
@@ -51,11 +54,11 @@ def connect(
     Raises:
         InvalidRequest: an argument breaks a rule.
     """
-    return ConvClient(Endpoint(target, tls, token), timeout)
+    return ConvClient(Endpoint.of(target, tls, token), timeout)
 
 
 class ConvClient(Convolutions[NDArray[Any]]):
-    """A client of one server; made by `connect`. Close it, or use it as a context manager.
+    """A client of one server or several; made by `connect`. Close it, or use it as a context manager.
 
     One client serves any number of threads. After a fork the child's copy opens a channel of its own; calls
     that were running at that moment belong to the parent, which should have none running in other threads,
@@ -64,8 +67,7 @@ class ConvClient(Convolutions[NDArray[Any]]):
 
     def __init__(self, endpoint: Endpoint, timeout: float | None = None) -> None:
         super().__init__(endpoint, timeout)
-        self._connection = Connection(endpoint)
-        self._known = flows.KnownNetworks()
+        self._calls = Calls(Replicas(endpoint, Connection))
 
     @overload
     def run(
@@ -151,7 +153,8 @@ class ConvClient(Convolutions[NDArray[Any]]):
         timeout: float | None = None,
         on_report: OnReport = None,
     ) -> Generator[Any, None, None]:
-        """Sends many arrays through a network, one after another over one stream, without waiting between.
+        """Sends many arrays through a network, without waiting between: one after another over one stream, or
+        over as many streams as there are servers.
 
         Args:
             network: as for `run`.
@@ -174,7 +177,7 @@ class ConvClient(Convolutions[NDArray[Any]]):
         options = self._options(data_format, out_dtype, precision, backend, timeout)
         net = network_of(network)
         jobs = (Job.of(net, as_input(x, net.rank, options.data_format), options) for x in xs)
-        return self._results(net, jobs, options, Meter(None, None, None), on_report)
+        return self._results(net, jobs, options, on_report)
 
     def stream(
         self,
@@ -231,11 +234,13 @@ class ConvClient(Convolutions[NDArray[Any]]):
     def register(self, network: Network | Layer, *, timeout: float | None = None) -> RegisteredNetwork:
         """Sends a network to the server, which keeps it; the same network twice is the same as once.
 
+        Of several servers one is sent it now, each other one when it is first needed there.
+
         Raises:
             ResourceExhausted: its weights do not fit there.
         """
         net = network_of(network)
-        self._drive(flows.register(self._known, net), self._limit(timeout))
+        self._calls.anywhere(lambda at: flows.register(at.known, net), self._limit(timeout))
         return RegisteredNetwork(self.run, net)
 
     def network(self, name: str, *, timeout: float | None = None) -> RegisteredNetwork:
@@ -244,28 +249,39 @@ class ConvClient(Convolutions[NDArray[Any]]):
         Raises:
             NetworkNotFound: the server has none so named for this caller.
         """
-        network = self._drive(flows.get_network(self._known, name), self._limit(timeout))
+        network = self._calls.anywhere(lambda at: flows.get_network(at.known, name), self._limit(timeout))
         return RegisteredNetwork(self.run, network)
 
     def networks(self, *, timeout: float | None = None) -> tuple[str, ...]:
-        """The names of the caller's registered networks, in order."""
-        return self._drive(flows.list_networks(), self._limit(timeout))
+        """The names of the caller's registered networks on any server, in order."""
+        return flows.all_names(self._calls.everywhere(lambda _: flows.list_networks(), self._limit(timeout)))
 
     def unregister(self, network: NetworkLike | str, *, timeout: float | None = None) -> None:
-        """Lets the server forget a network, given or named; work that is running goes on.
+        """Lets the server, or all of them, forget a network, given or named; work that is running goes on.
 
         Raises:
             NetworkNotFound: the server has none so named for this caller.
         """
-        self._drive(flows.unregister(self._known, name_of(network)), self._limit(timeout))
+        name = name_of(network)
+        flows.check_name(name)
+        found = self._calls.everywhere(lambda at: flows.unregister(at.known, name), self._limit(timeout))
+        flows.check_forgotten(found)
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
-        """The server's version, backends (or why they cannot run), limits and use."""
-        return self._drive(flows.server_info(), self._limit(timeout))
+        """The server's version, backends (or why they cannot run), limits and use; of several, one's."""
+        return self._calls.anywhere(lambda _: flows.server_info(), self._limit(timeout))
+
+    def infos(self, *, timeout: float | None = None) -> dict[str, ServerInfo]:
+        """What every server that can be reached says, by its address.
+
+        Raises:
+            ServiceUnavailable: none can be reached.
+        """
+        return flows.answered(self._calls.everywhere(lambda _: flows.server_info(), self._limit(timeout)))
 
     def close(self) -> None:
-        """Closes the connection; calls that still run are cancelled. More than once is fine."""
-        self._connection.close()
+        """Closes all connections; calls that still run are cancelled. More than once is fine."""
+        self._calls.close()
 
     def __enter__(self) -> Self:
         return self
@@ -282,9 +298,12 @@ class ConvClient(Convolutions[NDArray[Any]]):
         with metered(progress, job.input_bytes, job.output_bytes) as meter:
             collector = None
             if job.small:
-                collector = self._drive(flows.convolve(self._known, job, self.target), options.timeout)
+                collector = self._calls.anywhere(
+                    lambda at: flows.convolve(at.known, job, at.target), options.timeout
+                )
             if collector is None:
-                (result,) = self._results(job.network, iter([job]), options, meter, on_report)
+                pipeline = self._pipeline(iter([job]), options, meter, on_report)
+                (result,) = pipeline.results(job.network)
                 return result
             meter.sent(job.input_bytes)
             meter.received(job.output_bytes)
@@ -293,18 +312,21 @@ class ConvClient(Convolutions[NDArray[Any]]):
         return collector.result()
 
     def _results(
-        self, network: Network, jobs: Iterator[Job], options: Options, meter: Meter, on_report: OnReport
+        self, network: Network, jobs: Iterator[Job], options: Options, on_report: OnReport
     ) -> Generator[Any, None, None]:
-        self._drive(flows.ensure(self._known, network), options.timeout)
-        pipeline = Pipeline(
-            self._connection,
-            lambda lacking: self._drive(flows.register(self._known, lacking), options.timeout),
-            numbered(jobs),
-            timeout=options.timeout,
-            meter=meter,
-            on_report=on_report,
+        replicas = self._calls.replicas
+        replicas.directory.wait(options.timeout)
+        if len(replicas.current()) == 1:
+            pipeline = self._pipeline(jobs, options, Meter(None, None, None), on_report)
+            yield from pipeline.results(network)
+        else:
+            spread = SpreadPipeline(self._calls, jobs, timeout=options.timeout, on_report=on_report)
+            yield from spread.results()
+
+    def _pipeline(self, jobs: Iterator[Job], options: Options, meter: Meter, on_report: OnReport) -> Pipeline:
+        return Pipeline(
+            self._calls, numbered(jobs), timeout=options.timeout, meter=meter, on_report=on_report
         )
-        yield from pipeline.results()
 
     def _stream(
         self,
@@ -314,29 +336,19 @@ class ConvClient(Convolutions[NDArray[Any]]):
         progress: ProgressLike,
         on_report: OnReport,
     ) -> Generator[Band, None, None]:
-        self._known.forget(job.network.name)  # nothing is sent again, so the server is asked beforehand
-        self._drive(flows.ensure(self._known, job.network), options.timeout)
-        with metered(progress, job.request.spec.total_bytes, job.output_bytes) as meter:
-            yield from stream_bands(
-                self._connection, job, bands, timeout=options.timeout, meter=meter, on_report=on_report
-            )
+        with self._calls.route(options.timeout) as route:
+            # Nothing is sent again, so the server is asked beforehand.
+            self._calls.along(route, lambda at: flows.ensure_now(at.known, job.network), options.timeout)
+            connection = route.replica.connection
+            with metered(progress, job.request.spec.total_bytes, job.output_bytes) as meter:
+                results = stream_bands(
+                    connection, job, bands, timeout=options.timeout, meter=meter, on_report=on_report
+                )
+                try:
+                    yield from results
+                except ConvServiceError as exc:
+                    route.failed(exc)
+                    raise
 
     def _limit(self, timeout: float | None) -> float | None:
         return self._options("channels_first", None, "high", None, timeout).timeout
-
-    def _drive(self, flow: flows.Flow[T], timeout: float | None) -> T:
-        """Makes the calls of a flow, all of them within `timeout` seconds, and hands back its result."""
-        end = None if timeout is None else time.monotonic() + timeout
-        try:
-            call = next(flow)
-            while True:
-                left = None if end is None else max(0.001, end - time.monotonic())
-                try:
-                    answer = self._connection.unary(call.method, call.payload(), left)
-                except ConvServiceError as exc:
-                    call = flow.throw(exc)
-                else:
-                    call = flow.send(answer)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result

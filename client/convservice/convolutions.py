@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from convservice.arrays import AXES, Options, as_bare_input, as_input
 from convservice.bands import DataFormat
-from convservice.channel import Endpoint, check_timeout
 from convservice.dtypes import DTypeLike
+from convservice.endpoint import Endpoint, check_timeout
 from convservice.errors import InvalidRequest, Reason
 from convservice.jobs import Job
 from convservice.layers import Activation, Conv

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from convservice.attempts import is_missing
 from convservice.bands import PAYLOAD_BYTES
 from convservice.errors import (
     ConvServiceError,
@@ -25,6 +26,7 @@ from convservice.errors import (
 )
 from convservice.info import ServerInfo, info_from_proto
 from convservice.jobs import INLINE_BYTES, Collector, Job
+from convservice.known import KnownNetworks
 from convservice.network import NAME_PREFIX, Network
 from convservice.tensors import Tensor
 from convservice.v1 import conv_pb2 as pb
@@ -49,36 +51,7 @@ class Call:
 
 Flow = Generator[Call, Any, T]
 
-_MOST_KNOWN = 4096
 _MOST_INTERRUPTIONS = 3
-
-
-class KnownNetworks:
-    """Names of networks that the server is known to have; forgets all when it grows too large.
-
-    Safe in threads without a lock: every step is one operation on a set.
-    """
-
-    def __init__(self) -> None:
-        self._names: set[str] = set()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
-    def add(self, name: str) -> None:
-        """The server has it."""
-        if len(self._names) >= _MOST_KNOWN:
-            self._names.clear()
-        self._names.add(name)
-
-    def forget(self, name: str) -> None:
-        """The server does not have it, or may not."""
-        self._names.discard(name)
-
-
-def is_missing(error: ConvServiceError) -> bool:
-    """Whether sending the network to the server and trying again helps."""
-    return error.reason in {Reason.NETWORK_NOT_REGISTERED, Reason.WEIGHTS_MISSING}
 
 
 def fits_inline(network: Network) -> bool:
@@ -117,6 +90,12 @@ def ensure(known: KnownNetworks, network: Network) -> Flow[None]:
     """
     if network.name not in known and all(tensor.values is not None for tensor in network.tensors):
         yield from register(known, network)
+
+
+def ensure_now(known: KnownNetworks, network: Network) -> Flow[None]:
+    """The same, whatever the server is known to have: it may have been restarted."""
+    known.forget(network.name)
+    yield from ensure(known, network)
 
 
 def register(known: KnownNetworks, network: Network) -> Flow[None]:
@@ -211,6 +190,41 @@ def server_info() -> Flow[ServerInfo]:
     """What the server says about itself."""
     response = yield Call("GetServerInfo", pb.GetServerInfoRequest())
     return info_from_proto(response)
+
+
+def all_names(found: dict[str, tuple[str, ...] | ConvServiceError]) -> tuple[str, ...]:
+    """The names that any server listed, in order.
+
+    Raises:
+        ConvServiceError: the first one's, where no server answered.
+    """
+    return tuple(sorted({name for names in answered(found).values() for name in names}))
+
+
+def answered(found: dict[str, T | ConvServiceError]) -> dict[str, T]:
+    """What the servers said that answered.
+
+    Raises:
+        ConvServiceError: the first one's, where no server answered.
+    """
+    answers = {target: answer for target, answer in found.items() if not isinstance(answer, ConvServiceError)}
+    for answer in found.values():
+        if isinstance(answer, ConvServiceError) and not answers:
+            raise answer
+    return answers
+
+
+def check_forgotten(found: dict[str, ConvServiceError | None]) -> None:
+    """Demands that every server has let a network go, and that one of them had it.
+
+    Raises:
+        NetworkNotFound: none had it.
+        ConvServiceError: a server could not be told.
+    """
+    errors = [answer for answer in found.values() if answer is not None]
+    for error in errors:
+        if not isinstance(error, NetworkNotFound) or len(errors) == len(found):
+            raise error
 
 
 def check_name(name: str) -> None:

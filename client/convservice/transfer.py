@@ -1,8 +1,8 @@
 """The sync client's whole tensors, one after another over one stream.
 
-Given a `Connection` and jobs, `Pipeline` hands on their results in order. gRPC takes the requests in a
-thread of its own, from the start of the call; the answers are read in the caller's thread, so that neither
-waits for the other. The books are kept by `jobs` and `flight`; here are the thread, the locks and the
+Given `Calls` and jobs, `Pipeline` hands on their results in order. gRPC takes the requests in a thread of its
+own, from the start of the call; the answers are read in the caller's thread, so that neither waits for the
+other. The books are kept by `jobs`, `flight` and `attempts`; here are the thread, the locks and the
 reconnecting.
 """
 
@@ -12,23 +12,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
+from convservice import flows
+from convservice.attempts import is_missing
+from convservice.calls import Calls, SyncReplica
 from convservice.channel import Connection
 from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason, ServiceUnavailable
 from convservice.flight import Flight
-from convservice.flows import is_missing
 from convservice.jobs import Collector, Job, broken
+from convservice.known import KnownNetworks
 from convservice.network import Network
 from convservice.progress import Meter
+from convservice.replicas import Route
 from convservice.v1 import conv_pb2 as pb
 from convservice.watchdog import Watchdog
 from convservice.wire.headers import TensorReport
 
-BACKOFF = (0.1, 0.4, 1.6)
-"""Seconds before each attempt to go on after a lost connection; then the error stands."""
-
 METHOD = "ConvolveStream"
+
+Supply = Callable[[KnownNetworks], flows.Flow[None]]
+"""What sends a network to a server, where that is needed."""
 
 OnReport = Callable[[TensorReport], None] | None
 """What a caller passes as `on_report`."""
@@ -37,12 +42,12 @@ OnReport = Callable[[TensorReport], None] | None
 class Pipeline:
     """Whole tensors through one stream: written ahead within `Flight`'s bound, results in order.
 
-    A connection that is lost is opened anew once there is something to send, and what was not delivered is
-    sent again. An error of the jobs' own iterator comes out after the results of the jobs before it.
+    A connection that is lost is opened anew once there is something to send, to another replica where there
+    is one, and what was not delivered is sent again. An error of the jobs' own iterator comes out after the
+    results of the jobs before it.
 
     Args:
-        connection: to the server.
-        register: sends a network there, for a server that lacks it.
+        calls: to the servers.
         jobs: numbered 1, 2, ...; taken as there is room in flight, in gRPC's thread, or in the caller's
             while there is no connection.
         timeout: seconds that each tensor may take, from its turn on; None for no limit.
@@ -52,16 +57,15 @@ class Pipeline:
 
     def __init__(
         self,
-        connection: Connection,
-        register: Callable[[Network], None],
+        calls: Calls,
         jobs: Iterator[Job],
         *,
         timeout: float | None,
         meter: Meter,
         on_report: OnReport = None,
     ) -> None:
-        self._connection = connection
-        self._register = register
+        self._calls = calls
+        self._route: Route[Connection] = Route(calls.replicas)
         self._jobs = jobs
         self._timeout = timeout
         self._meter = meter
@@ -78,25 +82,35 @@ class Pipeline:
         self._call: Any = None
         self._fatal: BaseException | None = None
 
-    def results(self) -> Iterator[Any]:
-        """The results, in order. Leaving early cancels the call."""
-        try:
-            with Watchdog(self._timeout, self.due, self._time_out):
-                while (collector := self._next()) is not None:
-                    if self._on_report is not None and collector.report is not None:
-                        self._on_report(collector.report)
-                    yield collector.result()
-        finally:
-            self._drop_call()
+    def results(self, network: Network) -> Iterator[Any]:
+        """The results, in order. Leaving early cancels the call.
+
+        Args:
+            network: the jobs', which is sent to the first server before them.
+        """
+        with self._calls.route(self._timeout) as self._route:
+            try:
+                self._calls.along(self._route, lambda at: flows.ensure(at.known, network), self._timeout)
+                with Watchdog(self._timeout, self.due, self._time_out):
+                    while (collector := self._next()) is not None:
+                        if self._on_report is not None and collector.report is not None:
+                            self._on_report(collector.report)
+                        yield collector.result()
+            finally:
+                self._drop_call()
         if self._jobs_error is not None:
             raise self._jobs_error
 
     def _next(self) -> Collector | None:
         """The next tensor's results, over as many connections as it takes; None at the end."""
-        failures, registered = 0, False
+        registered: set[SyncReplica] = set()
+        supply: Supply | None = None
         while True:
             try:
-                return self._attempt()
+                if supply is not None:
+                    self._supply(supply)
+                    supply = None
+                collector = self._attempt()
             except ConvServiceError as exc:
                 self._drop_call()
                 if self._fatal is not None:
@@ -106,14 +120,23 @@ class Pipeline:
                         continue
                     return None
                 job = self._flight.oldest
-                if isinstance(exc, ServiceUnavailable) and failures < len(BACKOFF):
-                    time.sleep(BACKOFF[failures])
-                    failures += 1
+                if is_missing(exc) and self._route.replica not in registered and job is not None:
+                    registered.add(self._route.replica)
+                    supply = partial(flows.register, network=job.network)
                     continue
-                if not is_missing(exc) or registered or job is None:
+                pause = self._route.failed(exc, patient=True)
+                if pause is None:
                     raise
-                self._register(job.network)
-                registered = True
+                supply = None if job is None else partial(flows.ensure, network=job.network)
+                time.sleep(pause)
+            else:
+                self._route.succeeded()
+                return collector
+
+    def _supply(self, supply: Supply) -> None:
+        """Sends the network to the server where the work is now."""
+        replica = self._route.replica
+        self._calls.at(replica, supply(replica.known), self._timeout)
 
     def _nothing_to_send(self) -> bool:
         """Whether a lost connection matters to no job; the call must have been dropped."""
@@ -151,20 +174,20 @@ class Pipeline:
                     self._flight.deliver()
                     self._changed.notify_all()
                 return collector
-        raise unanswered(self._connection.target)
+        raise unanswered(self._route.target)
 
     def _read_end(self) -> None:
         """Lets the server end the stream; with every tensor delivered, how it ends is all the same."""
         with suppress(Cancelled, ServiceUnavailable):
             for _ in self._answers:
-                raise broken("an answer came after every tensor was closed", self._connection.target)
+                raise broken("an answer came after every tensor was closed", self._route.target)
 
     def _collector(self) -> Collector:
         with self._changed:
             job = self._flight.oldest
         if job is None:
-            raise broken("an answer came before any tensor was sent", self._connection.target)
-        return Collector(job, self._connection.target)
+            raise broken("an answer came before any tensor was sent", self._route.target)
+        return Collector(job, self._route.target)
 
     def _open_call(self) -> Any:
         self._meter.restart()
@@ -172,8 +195,9 @@ class Pipeline:
             if self._fatal is not None:
                 raise self._fatal
             self._flight.lose()
-            call = self._call = self._connection.stream(self._requests(self._generation), None)
-            self._answers = self._connection.answers(call, None)
+            connection = self._route.replica.connection
+            call = self._call = connection.stream(self._requests(self._generation), None)
+            self._answers = connection.answers(call, None)
         call.add_callback(self._wake)
         return call
 
@@ -255,7 +279,7 @@ class Pipeline:
         return None if since is None or timeout is None else since + timeout
 
     def _time_out(self) -> None:
-        self._fail(timed_out(self._timeout or 0.0, self._connection.target))
+        self._fail(timed_out(self._timeout or 0.0, self._route.target))
 
 
 def unanswered(target: str) -> ServiceUnavailable:

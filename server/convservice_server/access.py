@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from convservice.channel import is_local
+from convservice.endpoint import is_local
 from convservice.errors import InvalidRequest, Reason, Unauthenticated
 from convservice_server.calls import Clock, allowed
 from convservice_server.config import ServerConfig

@@ -28,8 +28,7 @@ def fake(fake_server: FakeServer) -> FakeService:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconnecting is tested, not the pause before it."""
-    monkeypatch.setattr("convservice.transfer.BACKOFF", (0.0, 0.0, 0.0))
-    monkeypatch.setattr("convservice.aio_transfer.BACKOFF", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("convservice.attempts.BACKOFF", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture

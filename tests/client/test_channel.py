@@ -29,7 +29,7 @@ from convservice import (
     ServiceUnavailable,
     Unauthenticated,
 )
-from convservice.channel import is_local
+from convservice.endpoint import is_local
 from convservice.errors import Reason, to_status
 from convservice.rpc_errors import error_of
 from convservice.v1.conv_pb2_grpc import add_ConvServiceServicer_to_server

@@ -27,14 +27,17 @@ from convservice import (
 )
 from convservice.arrays import Options, as_input
 from convservice.bands import DataFormat
-from convservice.channel import Connection, Endpoint
+from convservice.calls import Calls
+from convservice.channel import Connection
+from convservice.endpoint import Endpoint
 from convservice.exchange import tensor_error
 from convservice.flight import FLIGHT_BYTES
 from convservice.jobs import Job
 from convservice.progress import Meter
+from convservice.replicas import Replicas
 from convservice.transfer import Pipeline
 from convservice.v1 import conv_pb2 as pb
-from tests.client.fake import FakeServer, FakeService, Refused, hang, refuse, relu, serve_then_break
+from tests.client.fake import FakeServer, FakeService, Refused, Script, hang, refuse, relu, serve_then_break
 
 
 def arrays(count: int, size: int = 5) -> Iterator[Any]:
@@ -100,7 +103,7 @@ def test_a_slow_iterable_does_not_hold_results_back(client: ConvClient) -> None:
 
 
 def test_what_is_in_flight_is_bounded(fake: FakeService, client: ConvClient) -> None:
-    """A tensor and its result take 16 MiB here: four at most are open before the first is delivered."""
+    """A tensor and its result take 16 MiB here: four at most are open and not delivered."""
     pulled = 0
 
     def counted() -> Iterator[Any]:
@@ -111,7 +114,7 @@ def test_what_is_in_flight_is_bounded(fake: FakeService, client: ConvClient) -> 
 
     most = 0
     for delivered, _ in enumerate(client.map(relu(), counted()), 1):
-        most = max(most, len(opened(fake)) - delivered + 1)
+        most = max(most, len(opened(fake)) - delivered)
     assert pulled == 8
     assert most <= FLIGHT_BYTES // (16 << 20)
 
@@ -210,19 +213,26 @@ def test_a_connection_lost_after_the_last_array_matters_to_nobody(
 def test_a_server_that_will_not_wait_for_the_iterable_is_no_failure(
     fake: FakeService, client: ConvClient
 ) -> None:
-    def impatient(fake: FakeService, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        refuse(context, ServiceUnavailable("nothing came", reason=Reason.IDLE))
+    """More streams end between two arrays than would be a failure while one is on its way."""
+    ended = threading.Semaphore(0)
+
+    def impatient(tensors: int) -> Script:
+        def script(fake: FakeService, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+            context.add_callback(ended.release)
+            if tensors:
+                yield from fake.serve(requests, tensors)
+            refuse(context, ServiceUnavailable("nothing came", reason=Reason.IDLE))
+
+        return script
 
     def slowly() -> Iterator[Any]:
-        for _ in range(9):
-            assert fake.cancelled.wait(30)
-            fake.cancelled.clear()
-            fake.scripts.append(impatient)
-            yield np.ones((1, 1, 4, 4), "float32")
+        for number in range(9):
+            assert ended.acquire(timeout=30)
+            yield np.full((1, 1, 4, 4), number, "float32")
 
-    fake.scripts.append(impatient)
-    results = client.map(relu(), slowly())
-    assert len(list(itertools.islice(results, 1))) == 1
+    fake.scripts.extend([impatient(0), *[impatient(1)] * 8])
+    results = [int(result.flat[0]) for result in client.map(relu(), slowly())]
+    assert results == list(range(9))
 
 
 class DeadCall:
@@ -367,13 +377,13 @@ def test_waiting_for_the_iterable_is_not_the_servers_time(client: ConvClient) ->
     network = Network([relu()])
     client.register(network)
     meter = Meter(None, None, None)
-    connection = Connection(Endpoint(client.target))
-    pipeline = Pipeline(connection, lambda _: None, jobs(), timeout=60, meter=meter)
-    for _ in pipeline.results():
+    calls = Calls(Replicas(Endpoint.of(client.target), Connection))
+    pipeline = Pipeline(calls, jobs(), timeout=60, meter=meter)
+    for _ in pipeline.results(network):
         assert pipeline.due() is None, "the caller's own time does not count either"
         delivered.set()
     assert due == [None]
-    connection.close()
+    calls.close()
 
 
 @pytest.mark.parametrize("kind", ["header", "payload", "done", "extra"])

@@ -11,8 +11,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from convservice.channel import Endpoint
 from convservice.cli.health import check
+from convservice.endpoint import Endpoint
 from convservice_server.environment import BLAS_VARIABLES
 from convservice_server.settings import FIELDS
 from tests.server.support import WAIT
@@ -75,7 +75,7 @@ def log_until(process: subprocess.Popen[str], message: str) -> dict[str, Any]:
 def test_sigterm_ends_a_start_that_is_still_warming_up() -> None:
     with start(SLOW_BACKEND) as process:
         port = log_until(process, "listening")["port"]
-        assert check(Endpoint(f"127.0.0.1:{port}"), WAIT) == ("NOT_SERVING", "")
+        assert check(Endpoint.of(f"127.0.0.1:{port}"), WAIT) == ("NOT_SERVING", "")
         process.terminate()
         assert log_until(process, "stopped while it was warming up")["signal"] == "SIGTERM"
         assert process.wait(WAIT) == 0
@@ -108,7 +108,7 @@ def test_the_log_says_where_health_is_answered() -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("listening on 127.0.0.1:")
         port = log_until(process, "listening")["health_port"]
-        assert check(Endpoint(f"127.0.0.1:{port}"), WAIT) == ("SERVING", "")
+        assert check(Endpoint.of(f"127.0.0.1:{port}"), WAIT) == ("SERVING", "")
         process.terminate()
         assert process.wait(WAIT) == 0
 

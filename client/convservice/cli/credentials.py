@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TypedDict
 
-from convservice.channel import Tls
 from convservice.cli.outcome import CommandFailed, Exit
+from convservice.endpoint import Tls
 
 TOKEN_VARIABLE = "CONVSERVICE_CLIENT_TOKEN_FILE"  # noqa: S105 - a variable's name
 """Environment: the file with the token, where no option names one."""

@@ -11,12 +11,14 @@ from enum import IntEnum
 
 import grpc
 
-from convservice.channel import Endpoint
+from convservice.addresses import Address
+from convservice.channel import call_metadata, open_channel
 from convservice.cli.arguments import DEFAULT_TARGET, add_json, seconds, target
 from convservice.cli.command import Command
 from convservice.cli.credentials import add_credentials, credentials
 from convservice.cli.outcome import Exit
 from convservice.cli.output import show_json
+from convservice.endpoint import Endpoint
 
 DESCRIPTION = """\
 Asks a server whether it serves, with the standard call grpc.health.v1.Health/Check. Exits with 0 when it
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the status; 0 for SERVING, 1 for anything else."""
-    endpoint = Endpoint(arguments.target, **credentials(arguments))
+    endpoint = Endpoint.of(arguments.target, **credentials(arguments))
     status, detail = check(endpoint, arguments.timeout)
     if arguments.json:
         show_json({"target": arguments.target, "status": status, "detail": detail})
@@ -77,10 +79,10 @@ def check(endpoint: Endpoint, timeout: float) -> tuple[str, str]:
     Returns:
         The name of a `Serving` and an empty string, or `"UNREACHABLE"` and the reason.
     """
-    with endpoint.open() as channel:
+    with open_channel(endpoint, Address(endpoint.target)) as channel:
         ask = channel.unary_unary(METHOD, request_serializer=bytes, response_deserializer=serving_of)
         try:
-            return ask(b"", timeout=timeout, metadata=endpoint.metadata).name, ""
+            return ask(b"", timeout=timeout, metadata=call_metadata(endpoint)).name, ""
         except grpc.RpcError as exc:
             return "UNREACHABLE", f"{exc.code().name}: {exc.details()}"
 
