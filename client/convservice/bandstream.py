@@ -19,10 +19,11 @@ from convservice.bands import Band, DataFormat, TensorSpec, band_rows_for
 from convservice.dtypes import DTypeLike
 from convservice.errors import InvalidRequest, Reason, ServiceUnavailable
 from convservice.exchange import Done, Failed, ResultOpened, ResultReceiver, TensorSender
-from convservice.geometry import MAX_RANK, SampleShape, integer
+from convservice.geometry import MAX_RANK, SampleShape
 from convservice.jobs import Output, broken, check_result, tensor_request
 from convservice.network import Network
 from convservice.packing import BandPacker
+from convservice.parameters import integer
 from convservice.tensors import as_array
 from convservice.v1 import conv_pb2 as pb
 from convservice.wire.headers import TensorReport, TensorRequest, request_from_proto, request_to_proto

@@ -16,13 +16,11 @@ from convservice.geometry import (
     SampleShape,
     check_padding,
     first_row_kept,
-    integer,
-    padding_of,
-    per_axis,
     real_position,
     real_span,
     same_padding,
 )
+from convservice.parameters import integer, padding_of, per_axis
 
 MODES = st.sampled_from(PaddingMode)
 WINDOWS = st.builds(

@@ -36,7 +36,8 @@ from convservice.cli.output import show_json, show_table
 from convservice.dtypes import DTYPES, FLOAT32, DType, dtype_of
 from convservice.errors import BackendUnavailable
 from convservice.files import SUFFIX
-from convservice.geometry import MAX_RANK, SampleShape
+from convservice.geometry import MAX_RANK
+from convservice.layers import split_shape
 from convservice.network import NAME_PREFIX, Network
 from convservice.tensors import Tensor
 from convservice.wire.enums import Precision
@@ -163,15 +164,15 @@ def _problem(arguments: argparse.Namespace) -> tuple[Network, TensorSpec]:
         own = given or dtype_of(weight.dtype)
         network = Network([convolution(arguments, weight.astype(_weight_dtype(own, weight).numpy))])
     shape: tuple[int, ...] = arguments.shape
-    rank = min(max(len(shape) - 2, 1), MAX_RANK) if network.rank is None else network.rank
+    rank = min(max(len(shape) - 2, 0), MAX_RANK) if network.rank is None else network.rank
     if len(shape) != rank + 2 or min(shape) < 1:
-        sizes = f"3 to {MAX_RANK + 2}" if network.rank is None else rank + 2
+        sizes = f"2 to {MAX_RANK + 2}" if network.rank is None else rank + 2
         raise CommandFailed(
             f"--shape must have {sizes} sizes of at least 1, samples first, not {shape}", Exit.USAGE
         )
     network.output_shape(shape)
-    sample = SampleShape(shape[1], shape[2], shape[3:])
-    return network, TensorSpec(given or own, sample, shape[0], shape[2])
+    sample = split_shape(shape, rank)[1]
+    return network, TensorSpec(given or own, sample, shape[0], sample.height)
 
 
 def _own_dtype(network: Network) -> DType:

@@ -14,17 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import (
-    MAX_RANK,
-    MAX_SIZE,
-    AxisWindow,
-    PaddingMode,
-    SampleShape,
-    integer,
-    per_axis,
-    real_span,
-)
+from convservice.geometry import MAX_RANK, MAX_SIZE, AxisWindow, PaddingMode, SampleShape, real_span
 from convservice.layers.windows import RowWindow, rows_held
+from convservice.parameters import integer, per_axis
 from convservice.tensors import Tensor
 
 

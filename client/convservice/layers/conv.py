@@ -9,18 +9,7 @@ from typing import Any, ClassVar
 from numpy.typing import ArrayLike, NDArray
 
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import (
-    MAX_RANK,
-    AxisWindow,
-    PaddingMode,
-    Pads,
-    Same,
-    SampleShape,
-    integer,
-    padding_of,
-    per_axis,
-    same_padding,
-)
+from convservice.geometry import MAX_RANK, AxisWindow, PaddingMode, Pads, Same, SampleShape, same_padding
 from convservice.layers.activation import Activation, activation_of
 from convservice.layers.base import Layer, ReceptiveField, split_shape, windowed_field
 from convservice.layers.weights import (
@@ -32,6 +21,7 @@ from convservice.layers.weights import (
     group_channels,
 )
 from convservice.layers.windows import output_sizes, sample_of
+from convservice.parameters import integer, padding_of, per_axis
 from convservice.tensors import Tensor
 
 

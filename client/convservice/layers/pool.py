@@ -7,20 +7,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import (
-    MAX_RANK,
-    AxisWindow,
-    Pads,
-    Same,
-    SampleShape,
-    integer,
-    padding_of,
-    per_axis,
-    same_padding,
-)
+from convservice.geometry import MAX_RANK, AxisWindow, Pads, Same, SampleShape, same_padding
 from convservice.layers.base import Layer, ReceptiveField, split_shape, windowed_field
 from convservice.layers.weights import check_rank
 from convservice.layers.windows import output_sizes, sample_of
+from convservice.parameters import flag, has_items, integer, padding_of, per_axis
 
 PerAxis = int | tuple[int, ...]
 """One integer for axes of any number, or one for each."""
@@ -226,26 +217,10 @@ def check_spatial(name: str, sample: SampleShape) -> None:
         )
 
 
-def flag(name: str, value: Any) -> bool:
-    """`value`, which must be a bool.
-
-    Raises:
-        InvalidRequest: `INVALID_PARAMETER`.
-    """
-    if not isinstance(value, bool):
-        raise InvalidRequest(
-            f"{name} must be True or False, not {value!r}",
-            reason=Reason.INVALID_PARAMETER,
-            metadata={"name": name, "value": repr(value)},
-            field=name,
-        )
-    return value
-
-
 def _rank_of(*values: Any) -> int | None:
     """The number of axes that a parameter is given for, of the first that is given axis by axis."""
     for value in values:
-        if hasattr(value, "__len__") and getattr(value, "ndim", 1) != 0 and not isinstance(value, str):
+        if has_items(value) and not isinstance(value, str):
             rank = len(value)
             if not 1 <= rank <= MAX_RANK:
                 raise InvalidRequest(
