@@ -28,6 +28,7 @@ from convservice.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
+    MissingPackage,
     NetworkNotFound,
     PermissionDenied,
     Reason,
@@ -38,6 +39,8 @@ from convservice.errors import (
 from convservice.fields import NetworkField
 from convservice.files import load, save
 from convservice.geometry import SampleShape
+from convservice.imports.onnx_graph import load_onnx
+from convservice.imports.torch_modules import from_torch
 from convservice.info import BackendInfo, Limits, ServerInfo, Usage
 from convservice.layers import (
     Activation,
@@ -88,6 +91,7 @@ __all__ = [
     "Linear",
     "LocallyConnected",
     "MaxPool",
+    "MissingPackage",
     "Network",
     "NetworkField",
     "NetworkNotFound",
@@ -109,6 +113,8 @@ __all__ = [
     "__version__",
     "connect",
     "connect_async",
+    "from_torch",
     "load",
+    "load_onnx",
     "save",
 ]

@@ -10,6 +10,7 @@
     ├── DeadlineExceeded (TimeoutError)      not done in time
     ├── ServiceUnavailable (ConnectionError) not reachable, draining, or the connection broke
     ├── Cancelled                            given up by the caller
+    ├── MissingPackage (ImportError)         a package that an extra brings is not installed here
     └── InternalError                        a fault of the server
 
 Client, server and backends raise these and nothing else on purpose. `to_status` turns one into the
@@ -33,8 +34,8 @@ DOMAIN = "convservice.v1"
 class Reason(StrEnum):
     """Stable names of what went wrong, for programs; listed in the contract at `TensorError`.
 
-    Two are not among those, because clients alone raise them: `UNREACHABLE`, where gRPC itself says
-    UNAVAILABLE, and `INVALID_FILE`, of a file that holds no network.
+    Three are not among those, because clients alone raise them: `UNREACHABLE`, where gRPC itself says
+    UNAVAILABLE, `INVALID_FILE`, of a file that holds no network, and `PACKAGE_MISSING`.
     """
 
     INVALID_SHAPE = "INVALID_SHAPE"
@@ -77,6 +78,7 @@ class Reason(StrEnum):
     IDLE = "IDLE"
     UNREACHABLE = "UNREACHABLE"
     INVALID_FILE = "INVALID_FILE"
+    PACKAGE_MISSING = "PACKAGE_MISSING"
     INTERNAL = "INTERNAL"
 
 
@@ -183,6 +185,21 @@ class Cancelled(ConvServiceError):
     """The caller gave the call up."""
 
     code = code_pb2.CANCELLED
+
+
+class MissingPackage(ConvServiceError, ImportError):
+    """This needs a package that is not installed here; the message says which extra brings it."""
+
+    code = code_pb2.FAILED_PRECONDITION
+
+    @classmethod
+    def of(cls, package: str, extra: str) -> MissingPackage:
+        """The error for a package and the extra that brings it."""
+        return cls(
+            f"this needs the package {package}: pip install 'convservice[{extra}]'",
+            reason=Reason.PACKAGE_MISSING,
+            metadata={"package": package, "extra": extra},
+        )
 
 
 class InternalError(ConvServiceError):

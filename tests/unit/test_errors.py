@@ -32,7 +32,7 @@ from convservice.errors import (
 
 CONTRACT = Path(__file__).parents[2] / "proto/convservice/v1/conv.proto"
 
-CLIENT_REASONS = {Reason.UNREACHABLE, Reason.INVALID_FILE}
+CLIENT_REASONS = {Reason.UNREACHABLE, Reason.INVALID_FILE, Reason.PACKAGE_MISSING}
 """What clients alone raise, and the contract therefore does not list."""
 
 CLASSES = {

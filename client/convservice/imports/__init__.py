@@ -1,0 +1,1 @@
+"""Networks from elsewhere: an ONNX file, a PyTorch module."""
