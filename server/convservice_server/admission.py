@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from convservice.bands import TensorSpec
 from convservice.errors import Reason, ResourceExhausted
 from convservice.network import LayerPlan, Network
+from convservice_server.holdings import Holdings
 
 RETRY_AFTER = 1.0
 """Seconds after which a refused tensor that would fit an empty server may be sent again."""
@@ -24,11 +25,13 @@ class Admission:
 
     Args:
         budget: bytes for all running tensors together.
+        by_name: counts them by the name of whose tensors they are.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, by_name: Holdings) -> None:
         self.budget = budget
-        self._lock = threading.Lock()  # guards _reserved and _running
+        self._by_name = by_name
+        self._lock = threading.Lock()  # guards _by_name, _reserved and _running
         self._reserved = 0
         self._running = 0
 
@@ -45,20 +48,23 @@ class Admission:
             return self._running
 
     @contextmanager
-    def reserve(self, wanted: int, describe: Callable[[], str]) -> Generator[None]:
+    def reserve(self, name: str, wanted: int, describe: Callable[[], str]) -> Generator[None]:
         """Holds `wanted` bytes while the context lasts; they are released once, however it ends.
 
         Args:
+            name: whose tensor it is.
             wanted: the most bytes the tensor takes at any time.
             describe: says what takes most of them; asked only when the tensor is refused.
 
         Raises:
-            ResourceExhausted: `MEMORY_BUDGET`; with `retry_after` if an empty server could take the tensor.
+            ResourceExhausted: `MEMORY_BUDGET`, or `NAME_LIMIT` for what one name may hold; with
+                `retry_after` if an empty server could take the tensor.
         """
         with self._lock:
             free = self.budget - self._reserved
             admitted = wanted <= free
             if admitted:
+                self._by_name.take(name, wanted)
                 self._reserved += wanted
                 self._running += 1
         if not admitted:
@@ -67,6 +73,7 @@ class Admission:
             yield
         finally:
             with self._lock:
+                self._by_name.give(name, wanted)
                 self._reserved -= wanted
                 self._running -= 1
 

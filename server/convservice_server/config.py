@@ -28,6 +28,14 @@ _TOGETHER = (
 )
 """Settings that mean nothing without another."""
 
+
+class _Share(int):
+    """A default that follows from other settings, and is no value that anybody could set."""
+
+
+_SHARE = _Share()
+_MOST_NETWORKS = 1_000_000
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -52,6 +60,13 @@ class ServerConfig:
         max_streams: `ConvolveStream` calls served at the same time, each with a worker of its own.
         max_uploads: `PutWeights` calls (and reflection calls) served at the same time, likewise.
         unary_workers: workers that streams can never take: for unary calls. Health has its own.
+        max_streams_per_name: of `max_streams`, for one name; half of them where callers have names.
+        max_uploads_per_name: of `max_uploads`, likewise.
+        max_bytes_per_name: of `memory_budget_bytes`, likewise.
+        max_weights_per_name_bytes: of `weights_budget_bytes`, likewise; what several names have counts in
+            full for each.
+        max_networks_per_name: networks kept for one name, 1000 where callers have names; beyond it those go
+            that it has not used for longest.
         max_message_bytes: largest message taken or sent; gRPC's own default, which every client and proxy
             passes.
         max_unary_bytes: largest input and outputs of `Convolve` together.
@@ -84,6 +99,11 @@ class ServerConfig:
     max_streams: int = _default("max_streams")
     max_uploads: int = _default("max_uploads")
     unary_workers: int = _default("unary_workers")
+    max_streams_per_name: int = _SHARE
+    max_uploads_per_name: int = _SHARE
+    max_bytes_per_name: int = _SHARE
+    max_weights_per_name_bytes: int = _SHARE
+    max_networks_per_name: int = _SHARE
     max_message_bytes: int = 4 * MIB
     max_unary_bytes: int = MIB
     max_inline_weight_bytes: int = MIB
@@ -130,6 +150,7 @@ class ServerConfig:
         self._one_of("log_format", ("text", "json"))
         self._one_of("log_level", ("debug", "info", "warning", "error"))
         self._files()
+        self._shares()
         if not self.backend or not isinstance(self.backend, str):
             raise _wrong("backend", "a backend's name or 'auto'", self.backend)
         together = self.max_unary_bytes + self.max_inline_weight_bytes + MESSAGE_SLACK_BYTES
@@ -159,7 +180,7 @@ class ServerConfig:
     def of(cls, **overrides: Any) -> ServerConfig:
         """The defaults with what a command line or a caller set; a None stands for the default.
 
-        Sizes (`*_bytes`) may be strings with a unit, such as `"512MiB"` or `"2G"`, in powers of 1024.
+        Sizes (`is_size`) may be strings with a unit, such as `"512MiB"` or `"2G"`, in powers of 1024.
 
         Raises:
             InvalidRequest: an unknown setting, or a value out of range.
@@ -184,14 +205,34 @@ class ServerConfig:
                     field=name,
                 )
 
-    def _whole(self, name: str, minimum: int, maximum: int) -> None:
+    def _shares(self) -> None:
+        """Checks what one name may have, and chooses it where it was not set."""
+        # Half of the whole: whoever comes second finds room, and a name that is alone is not held down far.
+        for name, whole, share in (
+            ("max_streams_per_name", "max_streams", self.max_streams // 2),
+            ("max_uploads_per_name", "max_uploads", self.max_uploads // 2),
+            ("max_bytes_per_name", "memory_budget_bytes", self.memory_budget_bytes // 2),
+            ("max_weights_per_name_bytes", "weights_budget_bytes", self.weights_budget_bytes // 2),
+            ("max_networks_per_name", "", 1000),
+        ):
+            most = getattr(self, whole) if whole else _MOST_NETWORKS
+            if getattr(self, name) is _SHARE:
+                object.__setattr__(self, name, max(1, share) if self.names_callers else most)
+            self._whole(name, 1, most, f" = {whole}" if whole else "")
+
+    def _whole(self, name: str, minimum: int, maximum: int, of: str = "") -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise _wrong(name, f"a whole number from {minimum} to {maximum}", value)
+            raise _wrong(name, f"a whole number from {minimum} to {maximum}{of}", value)
 
     def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:
             raise _wrong(name, " or ".join(repr(value) for value in allowed), getattr(self, name))
+
+
+def is_size(name: str) -> bool:
+    """Whether a field of `ServerConfig` counts bytes."""
+    return "_bytes" in name
 
 
 def split_address(address: str, name: str = "listen") -> tuple[str, int]:
@@ -207,7 +248,7 @@ def _given(overrides: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in overrides.items():
         if value is None:
             continue
-        given[name] = _size(name, value) if name.endswith("_bytes") and isinstance(value, str) else value
+        given[name] = _size(name, value) if is_size(name) and isinstance(value, str) else value
     return given
 
 

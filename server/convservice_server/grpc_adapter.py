@@ -22,6 +22,7 @@ from convservice.v1 import conv_pb2_grpc
 from convservice_server.calls import Call
 from convservice_server.config import ServerConfig
 from convservice_server.guard import Door
+from convservice_server.holdings import Holdings
 from convservice_server.inbox import Inbox
 from convservice_server.lanes import Lane
 from convservice_server.observing import Calls
@@ -50,8 +51,11 @@ class Host:
         self.watchdog = watchdog
         self._door = door
         self._records = calls
-        self.streams = Lane("streams", config.max_streams)
-        self.uploads = Lane("uploads and reflection calls", config.max_uploads)
+        streams = Holdings("max_streams_per_name", "streams", config.max_streams_per_name)
+        self.streams = Lane("streams", config.max_streams, streams)
+        what = "uploads and reflection calls"
+        uploads = Holdings("max_uploads_per_name", what, config.max_uploads_per_name)
+        self.uploads = Lane(what, config.max_uploads, uploads)
         self._config = config
         self._changed = threading.Condition()  # guards the fields below
         self._calls: set[Call] = set()  # whose last byte has not left yet
@@ -152,7 +156,7 @@ class ConvServicer(conv_pb2_grpc.ConvServiceServicer):
         """See the contract."""
         host = self._host
         try:
-            with host.call(context) as call, host.streams.enter():
+            with host.call(context) as call, host.streams.enter(call.owner):
                 stream = self._service.open_stream(call)
                 with (
                     host.inbox(request_iterator, call, lambda: stream.between) as inbox,
@@ -172,7 +176,7 @@ class ConvServicer(conv_pb2_grpc.ConvServiceServicer):
         try:
             with (
                 host.call(context) as call,
-                host.uploads.enter(),
+                host.uploads.enter(call.owner),
                 host.inbox(request_iterator, call, lambda: False) as inbox,
             ):
                 return self._service.put_weights(inbox, call)
@@ -242,7 +246,7 @@ class Reflection:
         try:
             with (
                 host.call(context) as call,
-                host.uploads.enter(),
+                host.uploads.enter(call.owner),
                 host.inbox(request_iterator, call, lambda: True) as inbox,
             ):
                 for response in self._inner.ServerReflectionInfo(inbox, context):

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 from convservice.errors import Reason, ResourceExhausted
+from convservice_server.holdings import Holdings
 
 _RETRY_AFTER = 1.0
 
@@ -42,12 +43,14 @@ class Lane:
     Args:
         kind: its name, for messages.
         limit: most calls at the same time.
+        by_name: counts them by the name of who calls.
     """
 
-    def __init__(self, kind: str, limit: int) -> None:
+    def __init__(self, kind: str, limit: int, by_name: Holdings) -> None:
         self._kind = kind
         self._limit = limit
-        self._lock = threading.Lock()  # guards _count
+        self._by_name = by_name
+        self._lock = threading.Lock()  # guards _count and _by_name
         self._count = 0
 
     @property
@@ -57,11 +60,11 @@ class Lane:
             return self._count
 
     @contextmanager
-    def enter(self) -> Generator[None]:
-        """Counts a call while the context lasts.
+    def enter(self, name: str) -> Generator[None]:
+        """Counts a call of that name while the context lasts.
 
         Raises:
-            ResourceExhausted: `TOO_MANY_STREAMS`: as many run as may.
+            ResourceExhausted: `TOO_MANY_STREAMS`: as many run as may; `NAME_LIMIT`: as many of this name.
         """
         with self._lock:
             if self._count >= self._limit:
@@ -71,9 +74,11 @@ class Lane:
                     metadata={"limit": str(self._limit)},
                     retry_after=_RETRY_AFTER,
                 )
+            self._by_name.take(name, 1)
             self._count += 1
         try:
             yield
         finally:
             with self._lock:
+                self._by_name.give(name, 1)
                 self._count -= 1

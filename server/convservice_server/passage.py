@@ -133,8 +133,11 @@ class Passage:
         plan = self._plan = prepared.plan(request.spec, request.out_dtype)
         results, buffer_bytes = pack(plan)
         wanted = plan.peak_bytes + buffer_bytes
-        held = engine.admission.reserve(wanted, lambda: largest_holding(use.network, request.spec))
-        self._stack.enter_context(held)
+        self._stack.enter_context(
+            engine.admission.reserve(
+                self._call.owner, wanted, lambda: largest_holding(use.network, request.spec)
+            )
+        )
         self.meter.reserved = wanted
         self._packers = {result.name: (result.index, BandPacker(result.spec)) for result in results}
         self._offsets = [0] * len(results)

@@ -31,6 +31,7 @@ from convservice_server.admission import Admission
 from convservice_server.calls import Call, Clock
 from convservice_server.config import ServerConfig
 from convservice_server.faults import draining, warming
+from convservice_server.holdings import Holdings
 from convservice_server.lanes import Count
 from convservice_server.lines import Lines
 from convservice_server.observation import Observation
@@ -65,8 +66,15 @@ class Service:
     ) -> None:
         self._config = config
         self.registry = registry
-        self.store = Store(config.weights_budget_bytes, config.lease_seconds, clock)
-        self.admission = Admission(config.memory_budget_bytes)
+        self.store = Store(
+            config.weights_budget_bytes,
+            config.lease_seconds,
+            clock,
+            config.max_weights_per_name_bytes,
+            config.max_networks_per_name,
+        )
+        by_name = Holdings("max_bytes_per_name", "bytes of running tensors", config.max_bytes_per_name)
+        self.admission = Admission(config.memory_budget_bytes, by_name)
         self.bands = Count()
         observation = Observation([Lines()]) if observation is None else observation
         self._engine = Engine(registry, self.store, self.admission, clock, observation, self.bands)

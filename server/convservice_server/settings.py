@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 
 from convservice.errors import InvalidRequest, Reason
 from convservice_server.access import Access
-from convservice_server.config import ServerConfig
+from convservice_server.config import ServerConfig, is_size
 from convservice_server.tls import Certificates
 
 PREFIX = "CONVSERVICE_"
@@ -141,7 +141,7 @@ def _check_not_empty(source: str, name: str, value: Any) -> None:
 def _typed(field: str, value: Any) -> Any:
     """A text as the number or truth that its setting is; `ServerConfig` refuses what is none."""
     kind = get_type_hints(ServerConfig)[field]
-    if not isinstance(value, str) or field.endswith("_bytes"):
+    if not isinstance(value, str) or is_size(field):
         return value
     if kind is bool:
         return _TRUTHS.get(value.strip().lower(), value)

@@ -9,6 +9,7 @@ used is pinned. A network or tensor is there only for the owners who brought it:
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -21,7 +22,8 @@ from convservice.tensors import Tensor
 from convservice.wire.enums import Precision
 from convservice_backends.interface import Backend, PreparedNetwork
 from convservice_server.calls import Clock
-from convservice_server.shelf import TENSOR_OVERHEAD, Entry, Form, Shelf, Weights
+from convservice_server.kept import TENSOR_OVERHEAD, Entry, Form, Weights
+from convservice_server.shelf import Shelf
 
 _LISTED_DIGESTS = 16
 
@@ -33,26 +35,36 @@ class Store:
         budget: bytes for everything kept.
         lease: seconds for which a tensor that no network uses is held.
         clock: tells the time.
+        budget_per_name: bytes for what one owner has; without it as much as for everything.
+        networks_per_name: networks that one owner has.
     """
 
-    def __init__(self, budget: int, lease: float, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        budget: int,
+        lease: float,
+        clock: Clock = time.monotonic,
+        budget_per_name: int | None = None,
+        networks_per_name: int = sys.maxsize,
+    ) -> None:
         self._lease = lease
         self._clock = clock
         self._lock = threading.Lock()  # guards _shelf and everything on it but Form.made
-        self._shelf = Shelf(budget, clock)
+        share = budget if budget_per_name is None else budget_per_name
+        self._shelf = Shelf(budget, share, networks_per_name, clock)
         self.budget = budget
 
     @property
     def used(self) -> int:
         """Bytes kept or promised to uploads."""
         with self._lock:
-            return self._shelf.used
+            return self._shelf.total.used
 
     @property
     def count(self) -> int:
         """Networks kept."""
         with self._lock:
-            return len(self._shelf.networks)
+            return len(self._shelf.total.networks)
 
     def renew(self, owner: str, reference: Tensor) -> bool:
         """Leases a tensor anew if this owner has it here.
@@ -61,7 +73,7 @@ class Store:
             InvalidRequest: `TENSOR_MISMATCH`: it is here with another type or shape.
         """
         with self._lock:
-            kept = self._visible(owner, reference.digest)
+            kept = self._shelf.visible(owner, reference.digest)
             if kept is None:
                 return False
             _check_same(kept.tensor, reference)
@@ -73,25 +85,26 @@ class Store:
         """Holds room for a tensor of `size` bytes that is on its way; the context's value keeps it, leased.
 
         Raises:
-            ResourceExhausted: `WEIGHTS_BUDGET`: it cannot fit beside what is held.
+            ResourceExhausted: `WEIGHTS_BUDGET` or `NAME_LIMIT`: it cannot fit beside what is held.
         """
-        pending = [size + TENSOR_OVERHEAD]
+        shelf = self._shelf
+        pending = size + TENSOR_OVERHEAD
         with self._lock:
-            self._shelf.take(pending[0])
+            shelf.take(owner, pending)
 
         def keep(tensor: Tensor) -> None:
+            nonlocal pending
             with self._lock:
-                kept = self._shelf.weights.get(tensor.digest)
-                if kept is None:
-                    kept = self._shelf.put(tensor)
-                    pending.clear()  # the room held is now the tensor's own
-                self._shelf.lease(owner, kept, self._clock() + self._lease)
+                shelf.give(owner, pending)  # the room held is now the tensor's own, or not needed
+                pending = 0
+                kept = shelf.weights.get(tensor.digest) or shelf.put(tensor)
+                shelf.lease(owner, kept, self._clock() + self._lease)
 
         try:
             yield keep
         finally:
             with self._lock:
-                self._shelf.give(sum(pending))
+                shelf.give(owner, pending)
 
     @contextmanager
     def tensors(
@@ -114,7 +127,8 @@ class Store:
         with self._lock:
             for reference in references:
                 digest = reference.digest
-                here = self._shelf.weights.get(digest) if digest in brought else self._visible(owner, digest)
+                shelf = self._shelf
+                here = shelf.weights.get(digest) if digest in brought else shelf.visible(owner, digest)
                 if here is not None:
                     held.append(here)
                 elif digest not in brought:
@@ -137,15 +151,10 @@ class Store:
         """Keeps a network and its tensors for an owner; the tensors' leases become the network's own hold.
 
         Raises:
-            ResourceExhausted: `WEIGHTS_BUDGET`: it cannot fit beside what is held.
+            ResourceExhausted: `WEIGHTS_BUDGET` or `NAME_LIMIT`: it cannot fit beside what is held.
         """
         with self._lock:
-            shelf = self._shelf
-            entry = shelf.networks.get(network.name) or shelf.insert(network)
-            entry.owners.add(owner)
-            shelf.networks.move_to_end(network.name)
-            for digest in entry.digests:
-                shelf.weights[digest].leases.pop(owner, None)
+            self._shelf.add(owner, network)
 
     @contextmanager
     def use(self, owner: str, name: str) -> Generator[Use]:
@@ -155,8 +164,8 @@ class Store:
             NetworkNotFound: `NETWORK_NOT_REGISTERED`: this owner has registered none of that name here.
         """
         with self._lock:
-            entry = self._shelf.networks.get(name)
-            if entry is None or owner not in entry.owners:
+            entry = self._shelf.find(owner, name)
+            if entry is None:
                 raise NetworkNotFound(
                     f"network {name!r} is not registered here",
                     reason=Reason.NETWORK_NOT_REGISTERED,
@@ -164,13 +173,13 @@ class Store:
                     field="network",
                 )
             entry.pins += 1
-            self._shelf.networks.move_to_end(name)
+            self._shelf.touch(owner, entry)
         try:
-            yield Use(self, entry)
+            yield Use(self, owner, entry)
         finally:
             with self._lock:
                 entry.pins -= 1
-                self._drop_if_unwanted(name, entry)
+                self._shelf.drop_if_unwanted(entry)
 
     def get(self, owner: str, name: str) -> Network:
         """A registered network.
@@ -188,18 +197,16 @@ class Store:
             NetworkNotFound: `NETWORK_NOT_FOUND`: this owner has none of that name.
         """
         with self._lock:
-            entry = self._owned(owner, name)
-            entry.owners.discard(owner)
-            self._drop_if_unwanted(name, entry)
+            self._owned(owner, name)
+            self._shelf.forget(owner, name)
 
     def names(self, owner: str, after: str, count: int) -> list[str]:
         """The first `count` names above `after` of an owner's networks, in ascending order."""
         with self._lock:
-            entries = self._shelf.networks.items()
-            mine = [name for name, entry in entries if name > after and owner in entry.owners]
+            mine = [name for name in self._shelf.names(owner) if name > after]
         return nsmallest(count, mine)
 
-    def prepared(self, entry: Entry, backend: Backend, precision: Precision) -> PreparedNetwork:
+    def prepared(self, owner: str, entry: Entry, backend: Backend, precision: Precision) -> PreparedNetwork:
         """A pinned network's prepared form, made once however many ask at the same time.
 
         Room for the most that it can take is held before it is made, and what it does not take given back.
@@ -210,23 +217,21 @@ class Store:
             if form.made is None:
                 most, size = _most_prepared_bytes(entry.network), 0
                 with self._lock:
-                    self._shelf.take(most)
+                    self._shelf.take(owner, most)
                 try:
                     made = backend.prepare(entry.network, precision)
                     size = made.nbytes
                 finally:
                     with self._lock:
-                        self._shelf.give(most)
-                        self._shelf.take(size)
-                        entry.form_bytes += size
+                        self._shelf.give(owner, most)
+                        self._shelf.grow(owner, entry, size)
                 form.made = made
             return form.made
 
-    # What follows is called with the lock held.
-
     def _owned(self, owner: str, name: str) -> Entry:
-        entry = self._shelf.networks.get(name)
-        if entry is None or owner not in entry.owners:
+        """An owner's network; the lock is held."""
+        entry = self._shelf.find(owner, name)
+        if entry is None:
             raise NetworkNotFound(
                 f"there is no network {name!r}",
                 reason=Reason.NETWORK_NOT_FOUND,
@@ -235,28 +240,19 @@ class Store:
             )
         return entry
 
-    def _visible(self, owner: str, digest: bytes) -> Weights | None:
-        """The tensor if this owner brought it; a lease that has ended holds nothing, but is proof of that."""
-        kept = self._shelf.weights.get(digest)
-        if kept is None or owner in kept.leases:
-            return kept
-        return kept if any(owner in self._shelf.networks[name].owners for name in kept.networks) else None
-
-    def _drop_if_unwanted(self, name: str, entry: Entry) -> None:
-        if not entry.owners and not entry.pins and self._shelf.networks.get(name) is entry:
-            self._shelf.drop(name)
-
 
 class Use:
     """A network that is pinned.
 
     Args:
         store: where it is kept.
+        owner: who uses it.
         entry: it.
     """
 
-    def __init__(self, store: Store, entry: Entry) -> None:
+    def __init__(self, store: Store, owner: str, entry: Entry) -> None:
         self._store = store
+        self._owner = owner
         self._entry = entry
 
     @property
@@ -268,9 +264,9 @@ class Use:
         """Its prepared form on a backend.
 
         Raises:
-            ResourceExhausted: `WEIGHTS_BUDGET`: the prepared form cannot fit beside what is held.
+            ResourceExhausted: `WEIGHTS_BUDGET` or `NAME_LIMIT`: it cannot fit beside what is held.
         """
-        return self._store.prepared(self._entry, backend, precision)
+        return self._store.prepared(self._owner, self._entry, backend, precision)
 
 
 def _most_prepared_bytes(network: Network) -> int:

@@ -14,7 +14,7 @@ from convservice.layers import Conv
 from convservice.network import Network
 from convservice.tensors import Tensor
 from convservice.wire.enums import Precision
-from convservice_server.shelf import NODE_OVERHEAD, TENSOR_OVERHEAD
+from convservice_server.kept import NODE_OVERHEAD, TENSOR_OVERHEAD
 from convservice_server.store import Store
 from tests.server.support import WAIT, Double, DoubleNetwork
 

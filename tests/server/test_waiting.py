@@ -22,6 +22,7 @@ from convservice.errors import (
     ServiceUnavailable,
 )
 from convservice_server.calls import Call, WaitEnded
+from convservice_server.holdings import Holdings
 from convservice_server.inbox import Inbox
 from convservice_server.lanes import Lane
 from convservice_server.watchdog import Watchdog
@@ -215,10 +216,10 @@ def test_the_watchdog_ends_the_longest_of_many_waits_sooner() -> None:
 
 
 def test_a_lane_counts_and_refuses() -> None:
-    lane = Lane("streams", 2)
-    with lane.enter(), lane.enter():
+    lane = Lane("streams", 2, Holdings("max_streams_per_name", "streams"))
+    with lane.enter("ann"), lane.enter("ann"):
         assert lane.count == 2
-        with pytest.raises(ResourceExhausted, match="at most 2 streams") as caught, lane.enter():
+        with pytest.raises(ResourceExhausted, match="at most 2 streams") as caught, lane.enter("ann"):
             pass
         assert caught.value.reason == Reason.TOO_MANY_STREAMS
         assert caught.value.retry_after is not None

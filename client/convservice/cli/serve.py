@@ -65,6 +65,17 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         Setting("max_streams", "N", "streams at the same time (default: 64, fewer in a small container)"),
         Setting("max_uploads", "N", "uploads of weights at the same time (default: 8, likewise)"),
         Setting("unary_workers", "N", "workers that streams never take (default: 2 per core, at least 8)"),
+        Setting(
+            "max_streams_per_name",
+            "N",
+            "of the streams, for one name (default: half; all where nobody has one)",
+        ),
+        Setting("max_uploads_per_name", "N", "of the uploads, likewise"),
+        Setting("max_bytes_per_name", "SIZE", "of the memory for running tensors, likewise"),
+        Setting("max_weights_per_name", "SIZE", "of the memory for weights, likewise"),
+        Setting(
+            "max_networks_per_name", "N", "kept for one name, the last used ones (default: 1000, likewise)"
+        ),
         Setting("max_message", "SIZE", "largest message taken or sent (default: 4MiB, as clients have it)"),
         Setting("max_unary", "SIZE", "largest input and outputs of a unary call together (default: 1MiB)"),
         Setting("max_inline_weight", "SIZE", "largest weights carried inline in a call (default: 1MiB)"),
