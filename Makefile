@@ -106,8 +106,9 @@ bench-container: $(VENV)/test.stamp ## build the image; its size, the time to it
 	$(VENV)/bin/python -m benchmarks.container $(BENCH_ARGS)
 
 .PHONY: bench-gpu
-bench-gpu: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: every algorithm beside cuDNN, each result validated first
-	$(BENCH_VENV)/bin/python -m benchmarks.gpu $(BENCH_ARGS)
+bench-gpu: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: every algorithm beside cuDNN, each result validated first; then the other layers
+	status=0; $(BENCH_VENV)/bin/python -m benchmarks.gpu $(BENCH_ARGS) || status=1; \
+		$(if $(BENCH_ARGS),,$(BENCH_VENV)/bin/python -m benchmarks.gpu_others || status=1;) exit $$status
 
 .PHONY: bench-gpu-others
 bench-gpu-others: $(BENCH_VENV)/bench-gpu.stamp ## on a GPU: the layers beside the convolution, beside PyTorch

@@ -21,6 +21,7 @@ from benchmarks.gpu_exact import exact
 from benchmarks.gpu_layer_problems import LayerProblem, check_layer, compute, layer_problems
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
 from convservice.errors import InvalidRequest
+from convservice.geometry import MAX_SIZE
 from convservice.layers import (
     Add,
     AvgPool,
@@ -301,6 +302,45 @@ def test_a_session_stays_within_its_plan(compiler: Compiler, rng: np.random.Gene
             assert device.peak() <= promised
 
 
+FAR = 1 << 30
+ONES = np.ones((2, 3, 1, 2), np.float32)
+FAR_AWAY: dict[str, tuple[Layer, tuple[int, ...]]] = {
+    "dilated": (
+        MaxPool((1, 3), stride=(1, FAR // 2), dilation=(1, FAR), padding=((0, 0), (MAX_SIZE, FAR))),
+        (3, 5),
+    ),
+    "rows": (
+        MaxPool((3, 1), stride=(FAR, 1), dilation=(FAR, 1), padding=((MAX_SIZE, MAX_SIZE), (0, 0))),
+        (6, 5),
+    ),
+    "far steps back": (
+        ConvTranspose(ONES, stride=(1, FAR - 9), padding=((0, 0), (FAR - 12, 0))),
+        (3, 2),
+    ),
+    "far weights back": (
+        ConvTranspose(ONES, stride=(1, 3), dilation=(1, 1 << 28), padding=((0, 0), ((1 << 28) - 3, 0))),
+        (3, 4),
+    ),
+    "unshared": (
+        LocallyConnected(
+            np.ones((2, 2, 3, 2, 1, 2), np.float32),
+            stride=(1, FAR),
+            dilation=(1, FAR),
+            padding=((0, 0), (FAR, FAR)),
+        ),
+        (3, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAR_AWAY)
+def test_windows_may_reach_as_far_as_numbers_go(
+    device: EmulatedDevice, rng: np.random.Generator, name: str
+) -> None:
+    layer, sizes = FAR_AWAY[name]
+    assert_exact(device, layer, small_integers(rng, (2, 2, *sizes), FLOAT32))
+
+
 def test_positions_that_kernels_cannot_count_are_refused(backend: CudaBackend) -> None:
     layer = ConvTranspose(np.ones((1, 1, 1, 2), np.float32), stride=(1, 1 << 15))
     prepared = backend.prepare(Network([layer]), Precision.HIGH)
@@ -308,3 +348,6 @@ def test_positions_that_kernels_cannot_count_are_refused(backend: CudaBackend) -
         InvalidRequest, match=f"at most {windowed.TransposedOperator.most_positions} positions"
     ):
         prepared.plan(spec_of(np.broadcast_to(np.float32(0), (1, 1, 2, 1 << 14))))
+    wide = spec_of(np.broadcast_to(np.float32(0), (1, 1, 2, 1 << 16, (1 << 14) + 1)))
+    with pytest.raises(InvalidRequest, match=f"at most {summing.MOST_TERMS} positions"):
+        backend.prepare(Network([GlobalMaxPool()]), Precision.HIGH).plan(wide)

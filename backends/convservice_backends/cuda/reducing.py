@@ -23,15 +23,12 @@ from convservice_backends.cuda.array import DeviceArray
 from convservice_backends.cuda.device import Memory
 from convservice_backends.cuda.elementwise import copy_launch
 from convservice_backends.cuda.source import Kernel, type_constants
-from convservice_backends.cuda.summing import THREADS, SummingOperator
+from convservice_backends.cuda.summing import TERMS, THREADS, SummingOperator
 from convservice_backends.cuda.workspace import DeviceWorkspace
 from convservice_backends.operators import Run
 from convservice_backends.plan import BlockPlan
 
 WARPS = THREADS // 32
-
-TERMS = 2048
-"""Elements or products of one part at most: enough for its warp, few enough for many warps."""
 
 FOLLOWING = 64
 """Elements of one channel that a block of rows of a fully connected layer has at least, if the sample has
@@ -51,8 +48,8 @@ class GlobalPoolOperator(SummingOperator):
 
     def __init__(self, layer: GlobalMaxPool | GlobalAvgPool, given: DType, sample: SampleShape) -> None:
         row = math.prod(sample.rest)
-        rows, parts = max(1, TERMS // row), ceil_div(max(row, 1), TERMS)
-        super().__init__(given, sample, sample.channels, block_rows=rows, block_parts=parts)
+        rows = max(1, TERMS // row)
+        super().__init__(given, sample, sample.channels, block_rows=rows, block_terms=rows * row)
         self._maximum = isinstance(layer, GlobalMaxPool)
 
     @property
@@ -81,8 +78,8 @@ class LinearOperator(SummingOperator):
         row = math.prod(sample.rest)
         self._height = layer.in_features // (sample.channels * row)
         rows = max(1, min(self._height, ceil_div(FOLLOWING, row)))
-        parts = ceil_div(sample.channels * rows * row, TERMS)
-        super().__init__(given, sample, layer.out_features, block_rows=rows, block_parts=parts)
+        terms = sample.channels * rows * row
+        super().__init__(given, sample, layer.out_features, block_rows=rows, block_terms=terms)
         self._layer = layer
 
     def weights(self) -> tuple[NDArray[Any], ...]:

@@ -32,6 +32,12 @@ from convservice_backends.plan import BlockPlan
 
 THREADS = 128
 
+TERMS = 2048
+"""Elements or products of one part at most: enough for its warp, few enough for many warps."""
+
+MOST_TERMS = 1 << 30
+"""Of one block: kernels count them with 32 bits, some steps beyond the last."""
+
 MOST_PARTS_BYTES = 32 << 20
 """Working memory for parts, unless those of one block of one sample take more."""
 
@@ -44,21 +50,21 @@ class SummingOperator(ABC):
         sample: shape of the samples it is given; its rows are not looked at.
         outputs: of one sample.
         block_rows: rows of a block.
-        block_parts: parts of one block.
+        block_terms: elements or products of one output in a block.
     """
 
     name: ClassVar[str]
 
     def __init__(
-        self, given: DType, sample: SampleShape, outputs: int, *, block_rows: int, block_parts: int
+        self, given: DType, sample: SampleShape, outputs: int, *, block_rows: int, block_terms: int
     ) -> None:
-        pieces.check_positions(math.prod(sample.rest), what="a row of the input of a reducing layer")
+        pieces.check_positions(block_terms, MOST_TERMS, "what one sum takes in at a time")
         self._given = given
         self._sums = given.accumulator
         self._row = math.prod(sample.rest)
         self._outputs = outputs
         self._block_rows = block_rows
-        self._block_parts = block_parts
+        self._block_parts = ceil_div(block_terms, TERMS)
 
     @property
     def packing(self) -> tuple[Hashable, ...]:
