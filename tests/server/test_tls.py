@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import socket
 import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from convservice_server.tls import Certificates
 from tests.server.support import WAIT, Running, pointwise, running
 
 X = np.ones((1, 2, 2), np.float32)
+README = Path(__file__).parents[2] / "README.md"
 TOKEN = "ann-0123456789abcdef"
 
 
@@ -293,3 +296,21 @@ def test_a_server_is_not_made_of_files_that_do_not_fit(authority: Authority) -> 
     _, key = authority.issue("two", "localhost")
     with pytest.raises(InvalidRequest, match="it is not the key of"):
         Server(ServerConfig(listen="127.0.0.1:0", tls_certificate=certificate, tls_key=key))
+
+
+def test_the_readmes_commands_make_files_that_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    commands = re.search(r"```\n(openssl req -x509.*?)\n\n", README.read_text(), flags=re.DOTALL)
+    assert commands is not None
+    subprocess.run(["bash", "-e", "-c", commands[1]], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    token = Path("pipeline.token").read_text().strip()
+    settings = {"tls_certificate": "server.pem", "tls_key": "server.key", "token_file": "tokens"}
+    with running(**settings) as served:
+        target = f"127.0.0.1:{served.server.port}"
+        with convservice.connect(target, tls="ca.pem", token=token, timeout=WAIT) as client:
+            name = client.register(pointwise()).name
+        assert served.server.service.store.names("pipeline", "", 10) == [name]
