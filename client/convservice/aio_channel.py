@@ -11,9 +11,10 @@ import grpc
 import grpc.aio
 
 from convservice.addresses import Address
-from convservice.channel import call_metadata, channel_options, closed_error
+from convservice.channel import channel_options, closed_error
 from convservice.endpoint import Endpoint
 from convservice.errors import Cancelled, Reason
+from convservice.metadata import identified
 from convservice.rpc_errors import error_of
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
@@ -56,20 +57,22 @@ class AsyncConnection:
 
     async def unary(self, method: str, request: Any, timeout: float | None) -> Any:  # noqa: ASYNC109 - gRPC's own
         """The answer of a call with one answer; `request` is a message, or an iterator of messages."""
-        call = getattr(self.stub(), method)(request, timeout=timeout, metadata=call_metadata(self._endpoint))
+        request_id, metadata = identified(self._endpoint.authorization)
+        call = getattr(self.stub(), method)(request, timeout=timeout, metadata=metadata)
         status = _status_of(call)
         try:
             return await call
         except grpc.RpcError as exc:
             cause = await _cause(exc, status)
-            raise error_of(cause, self.target, method, timeout) from cause
+            raise error_of(cause, self.target, method, timeout, request_id) from cause
         except asyncio.CancelledError:
             raise cancelled(method, self.target) from None
 
     def stream(self, timeout: float | None) -> AsyncStream:
         """Starts a `ConvolveStream` call."""
-        call = self.stub().ConvolveStream(timeout=timeout, metadata=call_metadata(self._endpoint))
-        return AsyncStream(call, self.target, timeout)
+        request_id, metadata = identified(self._endpoint.authorization)
+        call = self.stub().ConvolveStream(timeout=timeout, metadata=metadata)
+        return AsyncStream(call, self.target, timeout, request_id)
 
     async def close(self) -> None:
         """Closes the channel; what runs on it is cancelled."""
@@ -87,9 +90,10 @@ class AsyncConnection:
 
 
 class AsyncStream:
-    """A `ConvolveStream` call, started with `timeout`."""
+    """A `ConvolveStream` call, started with `timeout` under an id."""
 
-    def __init__(self, call: Any, target: str, timeout: float | None) -> None:
+    def __init__(self, call: Any, target: str, timeout: float | None, request_id: str) -> None:
+        self._request_id = request_id
         self._call = call
         self._target = target
         self._timeout = timeout
@@ -123,7 +127,8 @@ class AsyncStream:
             answer: pb.ConvolveStreamResponse | None = await anext(aiter(self._call), None)
         except grpc.RpcError as exc:
             cause = await _cause(exc, self._status)
-            raise error_of(cause, self._target, "ConvolveStream", self._timeout) from cause
+            error = error_of(cause, self._target, "ConvolveStream", self._timeout, self._request_id)
+            raise error from cause
         except asyncio.CancelledError:
             raise cancelled("ConvolveStream", self._target) from None
         return answer

@@ -18,6 +18,7 @@ import grpc
 from convservice.addresses import Address
 from convservice.endpoint import Endpoint
 from convservice.errors import InvalidRequest, Reason
+from convservice.metadata import identified
 from convservice.rpc_errors import SERVICE, error_of
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
@@ -69,11 +70,6 @@ _PEER_OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-def call_metadata(endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
-    """What goes with one call, of either client."""
-    return endpoint.authorization
-
-
 def channel_options(address: Address, lone: bool) -> tuple[tuple[str, Any], ...]:
     """The options of a channel to `address`.
 
@@ -110,6 +106,7 @@ class Connection:
         self._channel: grpc.Channel | None = None
         self._stub: ConvServiceStub | None = None
         self._closed = False
+        self._request_ids: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # of streams
         _CONNECTIONS.add(self)
 
     @property
@@ -134,21 +131,26 @@ class Connection:
     def unary(self, method: str, request: Any, timeout: float | None) -> Any:
         """The answer of a call with one answer; `request` is a message, or an iterator of messages."""
         call = getattr(self.stub(), method)
+        request_id, metadata = identified(self._endpoint.authorization)
         try:
-            return call(request, timeout=timeout, metadata=call_metadata(self._endpoint))
+            return call(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as exc:
-            raise error_of(exc, self.target, method, timeout) from exc
+            raise error_of(exc, self.target, method, timeout, request_id) from exc
 
     def stream(self, requests: Iterator[pb.ConvolveStreamRequest], timeout: float | None) -> Any:
         """Starts a `ConvolveStream` call; gRPC takes the requests in a thread of its own from now on."""
-        return self.stub().ConvolveStream(requests, timeout=timeout, metadata=call_metadata(self._endpoint))
+        request_id, metadata = identified(self._endpoint.authorization)
+        call = self.stub().ConvolveStream(requests, timeout=timeout, metadata=metadata)
+        self._request_ids[call] = request_id
+        return call
 
     def answers(self, call: Iterator[T], timeout: float | None) -> Iterator[T]:
         """The answers of a `ConvolveStream` call that was started with `timeout`."""
         try:
             yield from call
         except grpc.RpcError as exc:
-            raise error_of(exc, self.target, "ConvolveStream", timeout) from exc
+            request_id = self._request_ids.get(call)
+            raise error_of(exc, self.target, "ConvolveStream", timeout, request_id) from exc
 
     def close(self) -> None:
         """Closes the channel; what runs on it is cancelled."""

@@ -25,7 +25,13 @@ _DEFAULT_REASONS = {
 }
 
 
-def error_of(exc: grpc.RpcError, target: str, method: str, timeout: float | None = None) -> ConvServiceError:
+def error_of(
+    exc: grpc.RpcError,
+    target: str,
+    method: str,
+    timeout: float | None = None,
+    request_id: str | None = None,
+) -> ConvServiceError:
     """The error that gRPC's stands for, with what the server said in its trailing metadata.
 
     Args:
@@ -33,7 +39,14 @@ def error_of(exc: grpc.RpcError, target: str, method: str, timeout: float | None
         target: the server.
         method: the RPC's name.
         timeout: seconds that the call had; None for no limit.
+        request_id: the id that the call was sent with.
     """
+    error = _error_of(exc, target, method, timeout)
+    error.request_id = error.request_id or request_id
+    return error
+
+
+def _error_of(exc: grpc.RpcError, target: str, method: str, timeout: float | None) -> ConvServiceError:
     code = exc.code()
     status = _rich_status(exc)
     if status is not None:

@@ -88,9 +88,7 @@ class Lines(Observer):
                 return
             if left_out:
                 fields["lines_left_out"] = left_out
-            fields["peer"] = call.peer
-            if call.error is not None:
-                fields |= {"reason": call.error.reason, "error": call.error.message}
+            fields |= {"peer": call.peer, "reason": call.reason, "error": call.message}
         log.info("call", extra={"fields": fields})
 
     def tensor_ended(self, tensor: TensorRecord) -> None:

@@ -127,8 +127,8 @@ class Metrics(Observer):
         seconds.observe(call.ended - call.arrived)
         bytes_in.inc(call.bytes_in)
         bytes_out.inc(call.bytes_out)
-        if not call.tensors and call.error is not None:
-            self._refuse(call.status, call.error.reason)
+        if not call.tensors:
+            self._refuse(call.status, call.reason)
 
     def tensor_ended(self, tensor: TensorRecord) -> None:
         """Counts a tensor."""

@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import grpc
 
 from convservice.errors import Cancelled, Reason
+from convservice.metadata import REQUEST_ID
 from convservice_server.faults import as_error
 from convservice_server.observation import Observation
-from convservice_server.records import REQUEST_ID, UNKNOWN_METHOD, CallRecord
+from convservice_server.records import UNKNOWN_METHOD, CallRecord
 from convservice_server.status import CallFailed
 
 Behavior = Callable[..., Any]

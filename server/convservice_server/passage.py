@@ -269,3 +269,4 @@ def observed(passage: Passage) -> Generator[None]:
             passage.close()
         finally:
             passage.ended(error)
+            error = None  # in this frame, which its traceback holds, it would live until garbage is collected

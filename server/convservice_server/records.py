@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 
 from convservice.bands import Band
 from convservice.errors import ConvServiceError, code_name, to_status
+from convservice.metadata import REQUEST_ID
 from convservice.wire.headers import TensorRequest
 from convservice_backends.interface import SessionPlan
-
-REQUEST_ID = "x-request-id"
-"""Metadata: the call's id, from the client or else the server's own; it is sent back."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """Metadata: the client's trace, as W3C has it."""
@@ -69,7 +67,9 @@ class CallRecord:
         ended: when it ended.
         bytes_in, bytes_out: of its messages.
         tensors: how many it has carried.
-        error: why it failed; None if it did not.
+        status: `"OK"`, or the name of the code that it failed with.
+        reason, message: why it failed; empty if it did not. The error itself is not kept: it would hold on to
+            the call's frames, and so to its messages, for as long as the record is there.
         peer: where it came from; known of a call that failed.
     """
 
@@ -80,10 +80,11 @@ class CallRecord:
         "bytes_in",
         "bytes_out",
         "ended",
-        "error",
+        "message",
         "method",
         "owner",
         "peer",
+        "reason",
         "received",
         "request_id",
         "status",
@@ -101,8 +102,7 @@ class CallRecord:
         self.peer = ""
         self.arrived = self.began = self.received = self.ended = time.monotonic()
         self.bytes_in = self.bytes_out = self.tensors = 0
-        self.status = "OK"
-        self.error: ConvServiceError | None = None
+        self.status, self.reason, self.message = "OK", "", ""
 
     @classmethod
     def of(cls, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> CallRecord:
@@ -118,8 +118,8 @@ class CallRecord:
 
     def fail(self, error: ConvServiceError) -> None:
         """Says why it failed."""
-        self.error = error
         self.status = code_name(to_status(error).code)
+        self.reason, self.message = error.reason, error.message
 
 
 @dataclass

@@ -8,8 +8,8 @@ import grpc
 from grpc_status import rpc_status
 
 from convservice.errors import ConvServiceError, to_status
+from convservice.metadata import REQUEST_ID
 from convservice_server.faults import as_error
-from convservice_server.records import REQUEST_ID
 
 
 class CallFailed(Exception):

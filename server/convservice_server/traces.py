@@ -87,9 +87,9 @@ class Traces(Observer):
                 "convservice.bytes_out": call.bytes_out,
             }
         )
-        if call.error is not None:
-            span.set_attribute("convservice.reason", call.error.reason)
-            span.set_status(Status(StatusCode.ERROR, call.error.message))
+        if call.status != "OK":
+            span.set_attribute("convservice.reason", call.reason)
+            span.set_status(Status(StatusCode.ERROR, call.message))
         span.end(_wall(call.ended))
 
     def tensor_ended(self, tensor: TensorRecord) -> None:

@@ -110,6 +110,8 @@ def test_details_come_through_the_channel(fake: FakeService, client: ConvClient)
     error = caught.value
     assert (error.reason, error.metadata, error.retry_after) == ("MEMORY_BUDGET", {"bytes": "5"}, 2.5)
     assert (error.target, error.method) == (client.target, "GetServerInfo")
+    assert error.request_id
+    sent.request_id = error.request_id
     assert to_status(error) == to_status(sent)
 
 

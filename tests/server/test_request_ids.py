@@ -13,9 +13,10 @@ import grpc
 import numpy as np
 import pytest
 
+from convservice.metadata import REQUEST_ID
 from convservice.v1 import conv_pb2 as pb
 from convservice_server.lines import Budget, Lines
-from convservice_server.records import REQUEST_ID, CallRecord
+from convservice_server.records import CallRecord
 from tests.server.support import (
     WAIT,
     Requests,

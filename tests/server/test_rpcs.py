@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -15,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from convservice.errors import (
+    ConvServiceError,
     InvalidRequest,
     NetworkNotFound,
     Reason,
@@ -318,3 +321,34 @@ def test_what_is_not_done_within_the_grace_time_is_cancelled() -> None:
         assert served.backend.blocks == 1
         assert served.backend.closed
         assert served.server.service.admission.reserved == 0
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_refused_call_leaves_nothing_for_the_garbage_collector(no_garbage_collection: None) -> None:
+    """What it would leave holds on to its request, and many refusals would take a container's memory."""
+
+    def errors() -> list[ConvServiceError]:
+        return [item for item in gc.get_objects() if isinstance(item, ConvServiceError)]
+
+    with running(memory_budget_bytes=10, metrics="127.0.0.1:0") as found:
+        network = pointwise()
+        name = found.register(network)
+        before = errors()
+        for _ in range(3):
+            for header in ({}, {"backend": "made"}):
+                with pytest.raises(grpc.RpcError):
+                    found.stub.Convolve(unary(network, X, inline=False, **header), timeout=WAIT)
+            for response in found.stub.ConvolveStream(tensor_messages(name, X), timeout=WAIT):
+                assert response.WhichOneof("message") == "error"
+        found.settle()
+        end = time.monotonic() + WAIT
+        while len(errors()) > len(before) and time.monotonic() < end:
+            found.info()  # the last handler may still be on its way out
+        assert len(errors()) == len(before)

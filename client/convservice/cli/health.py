@@ -12,7 +12,7 @@ from enum import IntEnum
 import grpc
 
 from convservice.addresses import Address
-from convservice.channel import call_metadata, open_channel
+from convservice.channel import open_channel
 from convservice.cli.arguments import DEFAULT_TARGET, add_json, seconds, target
 from convservice.cli.command import Command
 from convservice.cli.credentials import add_credentials, credentials
@@ -82,7 +82,7 @@ def check(endpoint: Endpoint, timeout: float) -> tuple[str, str]:
     with open_channel(endpoint, Address(endpoint.target)) as channel:
         ask = channel.unary_unary(METHOD, request_serializer=bytes, response_deserializer=serving_of)
         try:
-            return ask(b"", timeout=timeout, metadata=call_metadata(endpoint)).name, ""
+            return ask(b"", timeout=timeout, metadata=endpoint.authorization).name, ""
         except grpc.RpcError as exc:
             return "UNREACHABLE", f"{exc.code().name}: {exc.details()}"
 
