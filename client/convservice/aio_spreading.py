@@ -12,7 +12,7 @@ from convservice.aio_calls import AsyncCalls, AsyncReplica
 from convservice.aio_channel import AsyncStream
 from convservice.aio_transfer import write_all
 from convservice.attempts import is_missing
-from convservice.errors import ConvServiceError
+from convservice.errors import ConvServiceError, InvalidRequest
 from convservice.jobs import Collector, Job, broken
 from convservice.progress import Meter
 from convservice.spread import Lane, Spread
@@ -45,15 +45,16 @@ class AsyncSpreadPipeline:
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs_error: BaseException | None = None
         self._fatal: BaseException | None = None
+        self._closed = False
 
     async def results(self) -> AsyncGenerator[Any, None]:
         """The results, in order. Leaving early cancels all streams."""
         loop, directory = asyncio.get_running_loop(), self._calls.replicas.directory
 
-        def wake() -> None:
-            loop.call_soon_threadsafe(self._changed.set)
+        def listener() -> None:
+            loop.call_soon_threadsafe(self._looked_up)
 
-        directory.subscribe(wake)
+        directory.subscribe(listener)
         try:
             self._start(self._pull())
             while (collector := await self._next()) is not None:
@@ -62,7 +63,8 @@ class AsyncSpreadPipeline:
                 yield collector.result()
             await self._until(lambda: not self._lanes, LAST_SECONDS)
         finally:
-            directory.unsubscribe(wake)
+            directory.unsubscribe(listener)
+            self._closed = True
             for task in self._tasks:
                 task.cancel()
         if self._jobs_error is not None:
@@ -105,6 +107,13 @@ class AsyncSpreadPipeline:
             if replica not in self._lanes:
                 lane = self._lanes[replica] = self._spread.open()
                 self._start(self._work(replica, lane))
+
+    def _looked_up(self) -> None:
+        """Names have been looked up: there may be other replicas now, whether or not the caller waits."""
+        if self._lanes and not self._closed:
+            with suppress(InvalidRequest):  # the client is closed, which its calls will tell
+                self._staff()
+        self._changed.set()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -184,9 +193,9 @@ class AsyncSpreadPipeline:
         if is_missing(error):
             replica.known.clear()
         seconds = self._spread.lose(lane, error)
-        lane.paused = seconds > 0
+        lane.paused = seconds is not None
         self._changed.set()
-        if seconds:
+        if seconds is not None:
             self._calls.replicas.failed(replica, error)
             await self._until(lambda: self._spread.answered, seconds)
             lane.paused = False

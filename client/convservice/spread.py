@@ -161,14 +161,14 @@ class Spread:
         piece.outcome = results
         lane.failures = 0
 
-    def lose(self, lane: Lane, error: ConvServiceError) -> float:
+    def lose(self, lane: Lane, error: ConvServiceError) -> float | None:
         """The lane's stream, or what had to come before it, ended with `error`, and it will have a new one.
 
         What it has not answered goes elsewhere, or back to it; the job that was at work, where nothing helps,
         ends with the error.
 
         Returns:
-            Seconds to leave its server alone.
+            Seconds to leave its server alone; None where that has not failed.
 
         Raises:
             ConvServiceError: the error, where nothing helps and there is no job to blame.
@@ -178,9 +178,9 @@ class Spread:
         if not lost and kind is Again.NOTHING:
             raise error
         if not lost:  # nothing was to be done: a server need not wait for that
-            return 0.0
+            return None
         first = lost[0]
-        seconds = 0.0
+        seconds = None
         if is_missing(error) and lane not in first.supplied:
             first.supplied.add(lane)
         else:

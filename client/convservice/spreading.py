@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from convservice import flows
 from convservice.attempts import is_missing
 from convservice.calls import Calls, SyncReplica
-from convservice.errors import ConvServiceError
+from convservice.errors import ConvServiceError, InvalidRequest
 from convservice.jobs import Collector, Job, broken
 from convservice.spread import Lane, Spread
 from convservice.transfer import OnReport, timed_out, unanswered
@@ -53,7 +54,7 @@ class SpreadPipeline:
     def results(self) -> Iterator[Any]:
         """The results, in order. Leaving early cancels all streams."""
         directory = self._calls.replicas.directory
-        directory.subscribe(self._wake)
+        directory.subscribe(self._looked_up)
         try:
             self._start("jobs", self._pull)
             while (collector := self._next()) is not None:
@@ -63,7 +64,7 @@ class SpreadPipeline:
             with self._changed:
                 self._changed.wait_for(lambda: not self._lanes, LAST_SECONDS)
         finally:
-            directory.unsubscribe(self._wake)
+            directory.unsubscribe(self._looked_up)
             self._close()
         if self._jobs_error is not None:
             raise self._jobs_error
@@ -101,8 +102,12 @@ class SpreadPipeline:
                 lane = self._lanes[replica] = self._spread.open()
                 self._start("lane", self._work, replica, lane)
 
-    def _wake(self) -> None:
+    def _looked_up(self) -> None:
+        """Names have been looked up: there may be other replicas now, whether or not the caller waits."""
         with self._changed:
+            if self._lanes and not self._closed:
+                with suppress(InvalidRequest):  # the client is closed, which its calls will tell
+                    self._staff()
             self._changed.notify_all()
 
     def _start(self, name: str, work: Callable[..., None], *args: Any) -> None:
@@ -200,9 +205,9 @@ class SpreadPipeline:
             replica.known.clear()
         with self._changed:
             seconds = self._spread.lose(lane, error)
-            lane.paused = seconds > 0
+            lane.paused = seconds is not None
             self._changed.notify_all()
-        if seconds:
+        if seconds is not None:
             self._calls.replicas.failed(replica, error)
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._spread.answered, seconds)

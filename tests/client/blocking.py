@@ -7,7 +7,7 @@ while a method waits for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import convservice
@@ -55,3 +55,7 @@ class Blocking:
     def shut(self) -> None:
         self.close()
         self._runner.close()
+
+
+Connect = Callable[..., Blocking]
+"""Makes a client of a target, with the options that `connect` takes."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import convservice
 from convservice import ConvClient
+from tests.client.blocking import Blocking, Connect
 from tests.client.fake import FakeServer, FakeService
 
 
@@ -36,3 +38,26 @@ def client(fake_server: FakeServer) -> Iterator[ConvClient]:
     """A client of the scripted server."""
     with convservice.connect(fake_server.target) as found:
         yield found
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    """Three scripted servers."""
+    found = [FakeServer() for _ in range(3)]
+    yield found
+    for server in found:
+        server.stop()
+
+
+@pytest.fixture(params=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """Makes clients of either kind, and closes them."""
+    made: list[Blocking] = []
+
+    def make(target: Any, **options: Any) -> Blocking:
+        made.append(Blocking(request.param, target, **options))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.shut()

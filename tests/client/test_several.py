@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,38 +22,13 @@ from convservice import (
 )
 from convservice.exchange import tensor_error
 from convservice.flight import FLIGHT_BYTES
-from tests.client.blocking import Blocking
+from tests.client.blocking import Blocking, Connect
 from tests.client.fake import FakeServer, FakeService, hang, relu, serve_then_break
 from tests.client.test_calls import LARGE
 from tests.client.test_map import arrays, opened
 
 X = np.linspace(-1, 1, 60, dtype="float32").reshape(1, 3, 4, 5)
 LARGE_X = np.random.default_rng(4).normal(size=(1, 3, 400, 500)).astype("float32")
-
-Connect = Callable[..., Blocking]
-
-
-@pytest.fixture
-def servers() -> Iterator[list[FakeServer]]:
-    """Three scripted servers."""
-    found = [FakeServer() for _ in range(3)]
-    yield found
-    for server in found:
-        server.stop()
-
-
-@pytest.fixture(params=["sync", "async"])
-def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """Makes clients of either kind, and closes them."""
-    made: list[Blocking] = []
-
-    def make(target: Any, **options: Any) -> Blocking:
-        made.append(Blocking(request.param, target, **options))
-        return made[-1]
-
-    yield make
-    for client in made:
-        client.shut()
 
 
 @pytest.fixture
