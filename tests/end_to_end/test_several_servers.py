@@ -8,12 +8,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import pytest
 
 import convservice
-from convservice import Conv, ConvClient, Network
+from convservice import Conv, ConvClient, Network, channel
+from convservice.addresses import Address
 from convservice.cli.embedded import EmbeddedServer
 from convservice_backends.interface import Backend
 from tests.helpers import Array
@@ -34,9 +36,8 @@ def servers(backend: Backend) -> Iterator[list[EmbeddedServer]]:
 
 
 def end(server: EmbeddedServer) -> None:
-    """Ends a server that may be frozen, or ended already."""
-    if not server.ended:
-        os.kill(server.pid, signal.SIGKILL)
+    """Ends a server that may be frozen, or ended already: nobody has asked for its status so far."""
+    os.kill(server.pid, signal.SIGKILL)
     server.stop()
 
 
@@ -44,8 +45,12 @@ def end(server: EmbeddedServer) -> None:
 def client(servers: list[EmbeddedServer], monkeypatch: pytest.MonkeyPatch) -> Iterator[ConvClient]:
     """A client of the three, which notices a frozen one sooner than users' do."""
     quick = {"grpc.keepalive_time_ms": 1_000, "grpc.keepalive_timeout_ms": 1_000}
-    options = convservice.channel._OPTIONS
-    monkeypatch.setattr("convservice.channel._OPTIONS", tuple({**dict(options), **quick}.items()))
+    honest = channel.channel_options
+
+    def options(address: Address, lone: bool) -> tuple[tuple[str, Any], ...]:
+        return tuple({**dict(honest(address, lone)), **quick}.items())
+
+    monkeypatch.setattr(channel, "channel_options", options)
     with convservice.connect([server.target for server in servers]) as found:
         yield found
 
