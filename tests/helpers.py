@@ -32,7 +32,7 @@ from convservice.layers import (
     LocallyConnected,
     MaxPool,
 )
-from convservice.network import Network, Node, Residual
+from convservice.network import INPUT, Network, Node, Residual
 from convservice.wire.enums import Precision
 from convservice.wire.headers import ResultSpec
 from convservice_backends.cuda.algorithms.tensor_core import tf32_roundoff
@@ -190,11 +190,19 @@ def _driven(session: Session, x: Array, rows: int | None) -> Iterator[tuple[int,
         yield sent, band
 
 
+def prepared(backend: Backend, network: Network, precision: Precision = Precision.HIGH) -> PreparedNetwork:
+    """A network on a backend; the test is skipped where the backend has no operator for one of its layers."""
+    try:
+        return backend.prepare(network, precision)
+    except BackendUnavailable as exc:
+        pytest.skip(exc.message)
+
+
 def compute(
     backend: Backend, network: Network, x: Array, *, precision: Precision = Precision.HIGH, **options: Any
 ) -> dict[str, Array]:
     """Prepares `network` and sends `x` through it; see `run`."""
-    return run(backend.prepare(network, precision), x, **options)
+    return run(prepared(backend, network, precision), x, **options)
 
 
 def check_every_layer(
@@ -302,6 +310,56 @@ def chain(rng: np.random.Generator, dtype: DType) -> Network:
             Conv(random_array(rng, (3, 6, 2, 3), dtype), padding="same", padding_mode="replicate"),
         ]
     )
+
+
+def residual(rng: np.random.Generator, dtype: DType) -> Network:
+    """Branches of different delay, one behind the other, between windows of every kind, and two heads: the
+    maps, and scores. For two channels of at least 2 rows and columns."""
+
+    def weight(*shape: int) -> Array:
+        return random_array(rng, shape, dtype)
+
+    body = [Conv(weight(4, 4, 5, 3), padding=(2, 1), activation="relu"), Conv(weight(4, 4, 3, 3), padding=1)]
+    nodes = Network(
+        [
+            Conv(weight(4, 2, 3, 3), weight(4), padding=1),
+            Residual(body, activation="relu"),
+            MaxPool(3, stride=2, padding=1),
+            Residual([MaxPool(7, stride=1, padding=3)], [AvgPool(3, stride=1, padding=1)]),
+            ConvTranspose(weight(4, 3, 4, 3), weight(3), stride=(2, 1), padding=1, activation="leaky_relu"),
+        ]
+    ).nodes
+    return Network(
+        [
+            *nodes,
+            Node("mean", GlobalAvgPool(), (nodes[-1].id,)),
+            Node("largest", GlobalMaxPool(), (nodes[-1].id,)),
+            Node("both", Add(), ("mean", "largest")),
+            Node("again", Activation("tanh"), ("both",)),
+        ],
+        {"maps": nodes[-1].id, "scores": "again"},
+    )
+
+
+def deep_network(rng: np.random.Generator) -> Network:
+    """Ten layers of all windowed kinds, with a shortcut over the middle ones."""
+
+    def weight(*shape: int) -> Array:
+        return random_array(rng, shape, FLOAT32) / np.float32(np.prod(shape[1:])) ** np.float32(0.5)
+
+    layers: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "a": (Conv(weight(6, 1, 5, 5), padding=2, activation="relu"), (INPUT,)),
+        "b": (MaxPool(3, stride=2, padding=1), ("a",)),
+        "c": (Conv(weight(6, 6, 3, 3), padding=1, activation="relu"), ("b",)),
+        "d": (Conv(weight(6, 6, 3, 3), padding=(4, 1), dilation=(4, 1)), ("c",)),
+        "e": (Add("relu"), ("d", "b")),
+        "f": (AvgPool(5, stride=1, padding=2), ("e",)),
+        "g": (Conv(weight(6, 1, 3, 3), padding=1, groups=6), ("f",)),
+        "h": (Activation("tanh"), ("g",)),
+        "i": (ConvTranspose(weight(6, 2, 4, 4), stride=2, padding=1), ("h",)),
+        "j": (Conv(weight(1, 2, 7, 1), padding=(3, 0)), ("i",)),
+    }
+    return Network([Node(name, layer, sources) for name, (layer, sources) in layers.items()])
 
 
 def every_layer(dtype: DType) -> Network:

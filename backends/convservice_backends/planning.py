@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from convservice.bands import TensorSpec
+from convservice.delays import port_rows
 from convservice.dtypes import DType
 from convservice.geometry import MAX_SIZE, PaddingMode, SampleShape
 from convservice.layers import Flatten, Layer, Linear
 from convservice.network import INPUT, Network
 from convservice.wire.headers import ResultSpec
-from convservice_backends.joins import Branch, Joins
+from convservice_backends.joins import Joins
 from convservice_backends.plan import BlockPlan, Edge, Manner, NetworkPlan, NodePlan, PortPlan
 
 MANY = 1 << 20
@@ -170,34 +171,29 @@ class _Planning:
 
     def joined(self, nodes: Mapping[str, NodePlan]) -> tuple[dict[str, NodePlan], int]:
         """The plans with what waits where branches join, and the rows of the input handed on at a time."""
-        found = dict(nodes)
-        many = [name for name, plan in nodes.items() if len(plan.ports) > 1]
-        if not many:
-            return found, MAX_SIZE
-        root_rows = max(1, self.manner.piece_bytes // self.spec.row_bytes)
-        pieces = {name: self._piece(plan) for name, plan in nodes.items()}
-        joins = Joins(
-            INPUT,
-            root_rows,
-            {
-                name: Branch(
-                    plan.layer, self.sources[name], plan.given, plan.out, plan.blocks.rows, pieces[name]
+        joins = Joins(INPUT, self.sources)
+        if not joins.ends:
+            return dict(nodes), MAX_SIZE
+        pieces = {
+            name: self._piece(plan) if name in joins.forks else MAX_SIZE for name, plan in nodes.items()
+        }
+        pieces[INPUT] = max(1, self.manner.piece_bytes // self.spec.row_bytes)
+        # Rows that a fork hands on may have reached one branch and not another; elsewhere nothing is left.
+        handed = dict.fromkeys(self.shapes, 0) | {name: pieces[name] for name in joins.forks}
+        computed = {name: plan.blocks.rows for name, plan in nodes.items() if not plan.layer.reducing}
+        waiting = port_rows(self.network.nodes, self.shapes, computed, handed)
+        found: dict[str, NodePlan] = {}
+        for name, plan in nodes.items():
+            ports = plan.ports
+            if name in joins.ends:  # a quarter more, so that what waits is not moved with every row
+                ports = tuple(
+                    replace(port, capacity=_within(rows + -(-rows // 4), port.shape.rows))
+                    for port, rows in zip(plan.ports, waiting[name], strict=True)
                 )
-                for name, plan in nodes.items()
-            },
-        )
-        for name in many:
-            waiting, plan = joins.waiting(name), nodes[name]
-            # A quarter more, so that what waits is not moved with every row.
-            ports = [
-                replace(port, capacity=_within(rows + -(-rows // 4), port.shape.rows))
-                for port, rows in zip(plan.ports, waiting, strict=True)
-            ]
-            found[name] = replace(plan, ports=tuple(ports))
-        for name, plan in found.items():
-            piece = pieces[name] if name in joins.origins else MAX_SIZE
-            found[name] = replace(plan, piece_rows=piece, may_wait=name not in joins.between)
-        return found, root_rows if INPUT in joins.origins else MAX_SIZE
+            found[name] = replace(
+                plan, ports=ports, piece_rows=pieces[name], may_wait=name not in joins.between
+            )
+        return found, pieces[INPUT] if INPUT in joins.forks else MAX_SIZE
 
     def _piece(self, plan: NodePlan) -> int:
         """Rows of a node's feature map that are handed to branches at a time."""

@@ -184,13 +184,14 @@ class WindowedStage(Stage):
         first, step = self._done, self.plan.blocks.rows
         if self._out_rows is not None and first >= self._out_rows:
             return None
-        fewest, most = 0, self.plan.run_rows // step
-        while fewest < most:  # the input that a run needs grows with the run
-            middle = (fewest + most + 1) // 2
-            if self._is_ready(first, self._clipped(first + middle * step)):
-                fewest = middle
+        fewest, most, tried = 0, self.plan.run_rows // step, 1
+        while fewest < most:  # the input that a run needs grows with the run: doubled, then halved
+            if self._is_ready(first, self._clipped(first + tried * step)):
+                fewest = tried
+                tried = min(2 * tried, (tried + most + 1) // 2)
             else:
-                most = middle - 1
+                most = tried - 1
+                tried = (fewest + most + 1) // 2
         return (first, self._clipped(first + fewest * step)) if fewest else None
 
     def _may_grow(self, first: int, last: int) -> bool:

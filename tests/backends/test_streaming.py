@@ -14,7 +14,18 @@ from convservice.bands import Band, TensorSpec
 from convservice.dtypes import FLOAT32, DType, dtype_of
 from convservice.errors import Cancelled, InvalidRequest
 from convservice.geometry import SampleShape
-from convservice.layers import FUNCTIONS, Activation, Conv
+from convservice.layers import (
+    FUNCTIONS,
+    Activation,
+    AvgPool,
+    Conv,
+    ConvTranspose,
+    Flatten,
+    GlobalAvgPool,
+    Linear,
+    LocallyConnected,
+    MaxPool,
+)
 from convservice.network import MAX_NODES, Network
 from convservice.wire.enums import Precision
 from convservice_backends.interface import Backend, Session, SessionPlan
@@ -29,7 +40,9 @@ from tests.helpers import (
     compute,
     every_map,
     nothing_wrong,
+    prepared,
     random_array,
+    residual,
     run,
     spec_of,
     trunk_with_two_heads,
@@ -121,12 +134,12 @@ def memory_taken(
 ) -> tuple[int, int | None, SessionPlan]:
     """The most memory that a session took beyond what there was, of the host and, if a backend tells, of any
     device; and its plan."""
-    prepared = backend.prepare(network, Precision.HIGH)
-    plan = prepared.plan(spec_of(x, rows), out_dtype)
+    ready = prepared(backend, network)
+    plan = ready.plan(spec_of(x, rows), out_dtype)
     device_peak(backend)
     tracemalloc.start()
     try:
-        session = prepared.open(plan, nothing_wrong)
+        session = ready.open(plan, nothing_wrong)
         sum(drained(session, bands_of(x, rows)))
         session.close()
         taken = tracemalloc.get_traced_memory()[1]
@@ -142,6 +155,42 @@ def device_peak(backend: Backend) -> int | None:
 
 OBJECTS = 256 << 10
 """Bytes allowed for Python's own objects beside the arrays that a plan counts."""
+
+
+LAYERED = (
+    "residual",
+    "residual, every map, float16",
+    "small residual",
+    "pooling",
+    "transposed",
+    "unshared",
+    "flattened",
+    "flattened, every map",
+)
+
+
+def layered(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
+    """A network of other layers than convolutions, with an input for it."""
+    shape, dtype = (1, 2, 400, 500), FLOAT32
+    match name.split(",", maxsplit=1)[0]:
+        case "residual":
+            dtype = dtype_of("float16") if "float16" in name else dtype
+            network = residual(rng, dtype)
+        case "small residual":
+            network, shape = residual(rng, FLOAT32), (40, 2, 14, 14)
+        case "pooling":
+            layers = [MaxPool(5, stride=1, padding=2), AvgPool(41, stride=2), MaxPool(2), GlobalAvgPool()]
+            network, shape = Network(layers), (1, 2, 700, 600)
+        case "transposed":
+            weight = random_array(rng, (2, 3, 5, 4), FLOAT32)
+            network = Network([ConvTranspose(weight, stride=(3, 2), padding=1, activation="gelu")])
+        case "unshared":
+            weight = random_array(rng, (3, 2, 396, 496, 5, 5), FLOAT32)
+            network = Network([LocallyConnected(weight, activation="sigmoid")])
+        case _:
+            weight = random_array(rng, (3, 2 * 700 * 600), FLOAT32)
+            network, shape = Network([Activation("relu"), Flatten(), Linear(weight)]), (1, 2, 700, 600)
+    return every_map(network) if "every map" in name else network, random_array(rng, shape, dtype)
 
 
 def heavy(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
@@ -161,14 +210,15 @@ def heavy(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
             shape = (1, 1, 200, 30_000)
         case "two heads":
             network, shape = trunk_with_two_heads(rng, FLOAT32), (2, 2, 250, 500)
-        case "every map":
-            network = every_map(network)
-        case "every map, float16":
-            network, dtype = every_map(chain(rng, half)), half
+        case "every map" | "every map, float16":
+            dtype = half if "float16" in name else dtype
+            network = every_map(chain(rng, dtype))
         case "small samples":
             shape = small
         case "small samples, every map":
             network, shape, dtype = every_map(trunk_with_two_heads(rng, half)), small, half
+        case _ if name in LAYERED:
+            return layered(rng, name)
         case _ if name in FUNCTIONS:
             network = Network([Activation(name), Activation(name)])
         case _ if name.startswith("fused "):
@@ -184,6 +234,7 @@ HEAVY = (
     "one layer",
     "few columns",
     "tall windows on wide rows",
+    *LAYERED,
     "chain",
     "float16",
     "two heads",

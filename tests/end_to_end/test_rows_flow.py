@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import pytest
@@ -16,7 +17,17 @@ from convservice.v1.conv_pb2_grpc import ConvServiceStub
 from convservice.wire.enums import Precision
 from convservice.wire.headers import TensorRequest
 from convservice_backends.interface import Backend
-from tests.helpers import Array, assert_same_bits, chain, compute, random_array, spec_of, trunk_with_two_heads
+from tests.helpers import (
+    Array,
+    assert_same_bits,
+    chain,
+    compute,
+    deep_network,
+    prepared,
+    random_array,
+    spec_of,
+    trunk_with_two_heads,
+)
 from tests.raw_stream import RawStream, RawTensor, usage, wait_until_nothing_runs
 
 
@@ -189,6 +200,35 @@ def test_what_only_the_end_shows_fails_the_stream_there(client: ConvClient, rng:
     with pytest.raises(InvalidRequest, match="the output would be empty") as caught:
         list(client.stream(network, lines, shape=(2, None, 60), dtype="float32"))
     assert caught.value.reason == "OUTPUT_EMPTY"
+
+
+@pytest.mark.multiply_adds(600_000_000)
+def test_ten_layers_over_many_rows(
+    client: ConvClient, stub: ConvServiceStub, backend: Backend, rng: np.random.Generator
+) -> None:
+    """The client waits for the first results with three quarters of its rows: a server that wanted more
+    before it gave any would wait as well. What the server reserves is a part of the maps."""
+    network, height, width = deep_network(rng), 20_000, 64
+    plan = prepared(backend, network).plan(TensorSpec(FLOAT32, SampleShape(1, height, (width,)), 1, 64))
+    given = random_array(rng, (1, 50, width), FLOAT32)
+    first_came, held = Event(), list[int]()
+
+    def rows() -> Iterator[Array]:
+        for row in range(0, height, 50):
+            if row == height // 4:
+                assert first_came.wait(120), "the first results did not come early"
+            yield given
+
+    done = 0
+    for band in client.stream(network, rows(), shape=(1, height, width), dtype="float32", band_rows=64):
+        if not first_came.is_set():
+            held.append(reserved(stub))
+            first_came.set()
+        assert band.first_row == done
+        done += band.array.shape[1]
+    assert done == height
+    maps = sum(shape.elements * 4 for shape in network.shapes(SampleShape(1, height, (width,))).values())
+    assert plan.peak_bytes <= held[0] < maps / 2
 
 
 def test_results_come_before_the_input_has_ended(client: ConvClient, rng: np.random.Generator) -> None:

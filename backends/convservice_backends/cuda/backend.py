@@ -33,10 +33,13 @@ RUN_BYTES = 64 << 20
 WHOLE_BYTES = 2 << 20
 """Samples of at most so many bytes go whole."""
 
+PIECE_BYTES = 8 << 20
+"""Rows that are handed at a time to branches that meet again, which hold about as much."""
+
 KEPT_STREAMS = 8
 """Lanes whose streams, and the memory that was freed on them, are kept for the next sessions."""
 
-MANNER = Manner(run_bytes=RUN_BYTES, whole_bytes=WHOLE_BYTES, float_rows=True)
+MANNER = Manner(run_bytes=RUN_BYTES, whole_bytes=WHOLE_BYTES, piece_bytes=PIECE_BYTES, float_rows=True)
 
 
 class DeviceContext:

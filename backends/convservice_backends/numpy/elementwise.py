@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from convservice.dtypes import DType
 from convservice.geometry import SampleShape
 from convservice.layers import Activation, Add
+from convservice_backends.numpy.blocks import tiles_of
 from convservice_backends.operators import Run, Task, Workspace
 from convservice_backends.plan import BlockPlan
 
@@ -151,22 +152,22 @@ class ElementwiseOperator:
         return BlockPlan("elementwise", 1, out.rest, 0, temporary, any_rows=True)
 
     def compute(self, run: Run, out: NDArray[Any], workspace: Workspace) -> None:
-        """Computes rows first <= i < last, so many channels and rows at a time that a core's cache holds
-        them."""
+        """Computes rows first <= i < last, so many samples, channels and rows at a time as a core's cache
+        holds."""
         samples, channels, rows = out.shape[:3]
         row = math.prod(out.shape[3:])
         rows_at_once = max(1, min(rows, BLOCK_ELEMENTS // row))
-        channels_at_once = max(1, BLOCK_ELEMENTS // (row * rows_at_once))
+        channels_at_once = max(1, min(channels, BLOCK_ELEMENTS // (row * rows_at_once)))
+        stack = max(1, BLOCK_ELEMENTS // (row * rows_at_once * channels_at_once))
         tasks: list[Task] = []
-        for sample in range(samples):
-            for channel in range(0, channels, channels_at_once):
-                some = slice(channel, channel + channels_at_once)
-                for first in range(run.first, run.last, rows_at_once):
-                    last = min(first + rows_at_once, run.last)
-                    given = [
-                        port.array[sample, some, first - port.first : last - port.first] for port in run.ports
-                    ]
-                    tasks.append(self._task(given, out[sample, some, first - run.first : last - run.first]))
+        tile = (stack, channels_at_once, rows_at_once)
+        for *some, part in tiles_of(tile, (0, 0, run.first), (samples, channels, run.last)):
+            given = [
+                port.array[(*some, slice(part.start - port.first, part.stop - port.first))]
+                for port in run.ports
+            ]
+            into = slice(part.start - run.first, part.stop - run.first)
+            tasks.append(self._task(given, out[(*some, into)]))
         workspace.run(tasks, float(out.size) * len(run.ports))
 
     def _task(self, given: Sequence[NDArray[Any]], out: NDArray[Any]) -> Task:

@@ -59,14 +59,17 @@ class PoolOperator:
         elements = tile[0] * math.prod(w.reach(n) for w, n in zip(windows, tile[1:], strict=True))
         scratch = 3 * aligned(elements, self._dtype)
         # A division by the numbers of positions, a mask of NaN, and what rounding takes.
-        temporary = temporary_bytes(2 * math.prod(tile), dtype_of(self._dtype))
+        temporary = temporary_bytes(2 * max(elements, math.prod(tile)), dtype_of(self._dtype))
         return TiledPlan("separable", fewest[0], out.rest, scratch, temporary, any_rows=True, tile=tile)
 
     def compute(self, run: Run, out: NDArray[Any], workspace: Workspace) -> None:
-        """Computes output rows first <= i < last, a tile a task."""
+        """Computes output rows first <= i < last, a tile a task; small samples several to a tile."""
         given = SampleShape(run.rows.shape[1], run.height, tuple(run.rows.shape[3:]))
         windows = self._layer.windows(given)
-        tile = (1, *tile_of(run))
+        tile = tuple(map(min, tile_of(run), out.shape[1:]))
+        elements = tile[0] * math.prod(w.reach(n) for w, n in zip(windows, tile[1:], strict=True))
+        stack = max(1, run.blocks.scratch_bytes // (3 * aligned(elements, self._dtype)))
+        tile = (stack, *tile)
         starts = (0, 0, run.first, *(0 for _ in given.rest))
         ends = (out.shape[0], out.shape[1], run.last, *out.shape[3:])
         tasks = [self._task(at, windows, run, out, workspace) for at in tiles_of(tile, starts, ends)]
@@ -95,7 +98,7 @@ class PoolOperator:
     def _reduced(
         self, at: tuple[slice, ...], windows: Sequence[AxisWindow], run: Run, scratch: NDArray[np.uint8]
     ) -> NDArray[Any]:
-        """The largest values, or the sums, of a tile: (1, channels, *sizes), contiguous."""
+        """The largest values, or the sums, of a tile: (samples, channels, *sizes), contiguous."""
         source = run.rows[at[:2]]
         axes: list[Reach] = []
         for part, window in zip(at[2:], windows, strict=True):

@@ -147,10 +147,15 @@ class FlattenOperator:
     def accumulate(self, run: Run, sums: None, out: NDArray[Any], workspace: Workspace) -> None:
         """Copies input rows first <= i < last to their places."""
         samples, channels, _, *rest = run.rows.shape
-        places = out.reshape(samples, channels, run.known_height, math.prod(rest))
-        held = slice(run.first - run.first_row, run.last - run.first_row)
+        places = out.reshape(samples, channels, run.known_height, *rest)[:, :, run.first : run.last]
+        rows = run.rows[:, :, run.first - run.first_row : run.last - run.first_row]
+        if out.dtype.kind not in "iu":  # rounded as they are copied
+            with np.errstate(all="ignore"):
+                np.copyto(places, rows, casting="unsafe")
+            workspace.run([], 0)
+            return
         tasks = [
-            self._task(run.rows[sample, channel, held], places[sample, channel, run.first : run.last])
+            self._task(rows[sample, channel], places[sample, channel])
             for sample in range(samples)
             for channel in range(channels)
         ]
