@@ -204,8 +204,12 @@ class WindowedStage(Stage):
         return row if self._out_rows is None else min(row, self._out_rows)
 
     def _is_ready(self, first: int, last: int) -> bool:
-        needed = self.plan.layer.real_rows(first, last, self._given)[1]
-        return all(needed <= held.seen for held in self._ports)
+        """Whether the rows under these output rows have come, and there will be these whatever follows: a
+        transposed convolution's last may look at nothing that is still to come, and not be there either."""
+        seen = min(held.seen for held in self._ports)
+        if self._given.rows is None and last > self.plan.layer.window(self._given).output_size(seen):
+            return False
+        return self.plan.layer.real_rows(first, last, self._given)[1] <= seen
 
     def _keep_from(self, held: RowBuffer) -> int:
         """The first row that the next block or a later one reads."""

@@ -205,6 +205,24 @@ def test_global_pooling_of_any_cut_has_the_bits_of_the_whole(
     assert_same_bits(wanted, {"output": np.concatenate(alone)}, "of a height that is not announced")
 
 
+@pytest.mark.parametrize("padding", [(0, 0), (2, 0), (0, 3), (1, 4)], ids=str)
+@pytest.mark.parametrize("geometry", [(1, 2, 1), (2, 5, 1), (3, 2, 3), (4, 1, 2)], ids=str)
+def test_a_height_that_is_told_at_the_end_adds_no_row(
+    backend: CudaBackend, rng: np.random.Generator, padding: tuple[int, int], geometry: tuple[int, int, int]
+) -> None:
+    """The last outputs of a transposed convolution may look at nothing: no row of the input tells of them."""
+    kernel, stride, dilation = geometry
+    weight = random_array(rng, (1, 2, kernel), FLOAT32)
+    layer = ConvTranspose(weight, stride=stride, dilation=dilation, padding=[padding])
+    prepared = backend.prepare(Network([layer]), Precision.HIGH)
+    for height in (5, 8):
+        x = random_array(rng, (1, 1, height), FLOAT32)
+        wanted = run(prepared, x)
+        for rows in (1, 3):
+            found = run(prepared, x, rows, announced=False)
+            assert_same_bits(wanted, found, f"{height} rows in bands of {rows}")
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_same_filter_at_every_position_has_the_bits_of_a_convolution(
     device: EmulatedDevice, compiler: Compiler, rng: np.random.Generator, groups: int
