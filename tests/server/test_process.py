@@ -8,12 +8,20 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
+import convservice
 from convservice.cli.health import check
 from convservice.endpoint import Endpoint
 from convservice_server.environment import BLAS_VARIABLES
+from convservice_server.resources import Limits, defaults
 from convservice_server.settings import FIELDS
 from tests.server.support import WAIT
 
@@ -134,3 +142,47 @@ def test_the_settings_are_printed_all_of_them() -> None:
     assert set(tomllib.loads(printed)) == set(FIELDS) - unset
     assert "token_file" in unset
     assert 'health_listen = "[::1]:9"  # --health-listen\n' in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_with_a_small_containers_defaults_it_stays_within_the_container() -> None:
+    """More is asked of it than fits, by streams and by small calls; what does not fit is refused."""
+    container = 256 << 20
+    image = np.ones((3, 64, 2048), np.float32)
+    weights = np.ones((8, 3, 5, 5), np.float32)
+    refused = list[str]()
+    settings = {"log_level": "error", **vars(defaults(Limits(container, 2)))}  # nobody reads the log
+    with start(metrics="127.0.0.1:0", **settings) as process:
+        assert process.stdout is not None
+        target = process.stdout.readline().split()[-1]
+
+        def stream() -> None:
+            network = convservice.Network([convservice.Conv(weights, padding=2)])
+            with convservice.connect(target) as client, suppressed(refused):
+                for _ in client.stream(network, repeat(image, 8), shape=(3, None, 2048), dtype="float32"):
+                    pass
+
+        def small(seed: int) -> None:
+            with convservice.connect(target) as client:
+                for number in range(20):
+                    with suppressed(refused):
+                        client.conv2d(image[:, :, :300], weights + np.float32(20 * seed + number))
+
+        with ThreadPoolExecutor(24) as pool:
+            done = [pool.submit(stream) for _ in range(12)] + [pool.submit(small, seed) for seed in range(12)]
+            for future in done:
+                future.result(timeout=240)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        most = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM"))
+    assert set(refused) <= {"MEMORY_BUDGET", "WEIGHTS_BUDGET", "TOO_MANY_STREAMS"}
+    assert most < container
+
+
+@contextmanager
+def suppressed(refused: list[str]) -> Generator[None]:
+    """Goes on after a refusal, and notes its reason."""
+    try:
+        yield
+    except convservice.ResourceExhausted as exc:
+        refused.append(exc.reason)
