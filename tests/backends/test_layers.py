@@ -238,6 +238,7 @@ def test_windows_that_see_neither_all_rows_nor_only_real_ones(
             check_every_layer(Network([layer]), x, {"layer0": found["output"]})
 
 
+@pytest.mark.multiply_adds(2 * 700**2 * 699**2)  # where each window's values are looked at
 def test_a_very_large_window_costs_little_more_than_a_small_one(
     backend: Backend, rng: np.random.Generator
 ) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from convservice.bands import TensorSpec
@@ -33,6 +33,12 @@ from convservice_backends.session import open_session
 
 if TYPE_CHECKING:
     from convservice_backends.cuda.backend import DeviceContext
+
+RUNS_SHARE = 4
+"""All runs of a network take about one in so many of a device's bytes."""
+
+LEAST_RUN_BYTES = 1 << 20
+"""Of one node all the same."""
 
 ALLOCATION_BYTES = 512
 """What an allocation may be rounded up to a multiple of."""
@@ -142,7 +148,8 @@ class CudaNetwork:
 
     def _plan_anew(self, spec: TensorSpec, out_dtype: DType | None) -> DevicePlan:
         operators = dict(self._operators(spec))
-        plan = plan_session(self._network, operators, spec, out_dtype, self._manner)
+        manner = self._manner_for(len(operators))
+        plan = plan_session(self._network, operators, spec, out_dtype, manner)
         ways = max(1, min(len(self._contexts), spec.samples))
         in_bytes, out_bytes = _slots(plan)
         working = max(_working_bytes(plan, name, operator) for name, operator in operators.items())
@@ -161,6 +168,12 @@ class CudaNetwork:
             working_bytes=working,
             ways=ways,
         )
+
+    def _manner_for(self, nodes: int) -> Manner:
+        """The manner, with the runs of all nodes together bounded: hundreds of nodes would else, where the
+        height is not known, want all memory of a device."""
+        share = max(LEAST_RUN_BYTES, self._contexts[0].device.info.memory_bytes // (RUNS_SHARE * nodes))
+        return replace(self._manner, run_bytes=min(self._manner.run_bytes, share))
 
     def _operators(self, spec: TensorSpec) -> Iterator[tuple[str, DeviceOperator]]:
         """The operator of every node that is needed, for the rows and samples that this tensor gives it."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from convservice_backends.cuda.algorithms import wanted_by_environment
-from convservice_backends.cuda.backend import CudaBackend
+from convservice_backends.cuda.backend import MANNER, CudaBackend
 from convservice_backends.cuda.device import DeviceInfo
 from convservice_emulator.build import Compiler
 from convservice_emulator.device import INFO, EmulatedDevice
 from convservice_emulator.streams import Policy
 from convservice_emulator.work import DONE
+
+RUN_BYTES = 8 << 20
+"""Preferred bytes of a run: what stages hold is poisoned in every session, which takes the host's time."""
 
 
 class EmulatorBackend(CudaBackend):
@@ -44,7 +48,10 @@ class EmulatorBackend(CudaBackend):
         compiler = Compiler()
         devices = [EmulatedDevice(compiler, info, policy, order) for _ in range(workers or 1)]
         super().__init__(
-            devices, {"compiler": compiler.version}, algorithm=algorithm or wanted_by_environment()
+            devices,
+            {"compiler": compiler.version},
+            algorithm=algorithm or wanted_by_environment(),
+            manner=replace(MANNER, run_bytes=RUN_BYTES),
         )
         self._devices = devices
 
