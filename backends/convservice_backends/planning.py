@@ -16,7 +16,7 @@ from convservice.bands import TensorSpec
 from convservice.delays import port_rows
 from convservice.dtypes import DType
 from convservice.geometry import MAX_SIZE, PaddingMode, SampleShape
-from convservice.layers import Flatten, Layer, Linear
+from convservice.layers import Flatten, Layer, Linear, TransposedWindow
 from convservice.network import INPUT, Network
 from convservice.wire.headers import ResultSpec
 from convservice_backends.joins import Joins
@@ -286,6 +286,10 @@ def _rows_to_hold(layer: Layer, given: SampleShape, run_rows: int) -> int:
         capacity += 1  # the edge, read again and again
     elif layer.row_mode is PaddingMode.REFLECT:
         capacity += window.before + window.after + 1
+    elif isinstance(window, TransposedWindow) and given.rows is None:
+        # rows that have come, and yet the output may end before those that they give
+        cut_off = 1 + window.after - window.extent - window.output_padding
+        capacity += max(0, -(-cut_off // window.stride)) + 2
     return capacity + -(-window.reach(1) // 4)  # so that a tall window's halo is not moved with every row
 
 

@@ -201,7 +201,10 @@ def _behind(layer: Layer, sample: SampleShape) -> Pace:
     before, after, extent = (Fraction(value) for value in (window.before, window.after, window.extent))
     if isinstance(window, TransposedWindow):
         rate = Fraction(window.stride)
-        return Pace(rate, before, -before, extent - rate - before - after + window.output_padding, full)
+        last = extent - rate - before - after + window.output_padding
+        # Where the end may be near, a row waits until it is sure that the output does not end before it.
+        lag = before if sample.rows is not None else max(before, -last)
+        return Pace(rate, lag, -before, last, full)
     if isinstance(window, AxisWindow):
         rate = Fraction(1, window.stride)
         lead = (before - extent) * rate + 1

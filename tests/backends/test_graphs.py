@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -227,3 +229,29 @@ def test_ten_layers_over_many_rows_hold_what_their_bands_need(
     assert found.shape == x.shape
     first = whole.results[0].first_block_input_rows
     assert came[0][0] == -(-first // 64) * 64 <= height // 4, "the first rows come early"
+
+
+def test_a_transposed_layer_does_not_run_ahead_of_an_end_that_may_be_near(
+    backend: Backend, rng: np.random.Generator
+) -> None:
+    """With a stride beyond the window, or rows cut off at the end, how many rows a row gives is known only
+    when the next one has come, or none has."""
+    everything: list[dict[str, Any]] = [
+        {"stride": 3},
+        {"stride": 2, "padding": ((0, 1),)},
+        {"stride": 4, "output_padding": 2},
+        {"padding": ((1, 6),)},
+    ]
+    for options in everything:
+        layer = ConvTranspose(random_array(rng, (2, 2, 2), FLOAT32), **options)
+        nodes = [
+            Node("up", layer),
+            Node("late", Conv(random_array(rng, (2, 2, 5), FLOAT32), padding=2), ("up",)),
+            Node("sum", Add(), ("up", "late")),
+        ]
+        for height in (1, 2, 9, 30):
+            if layer.window(SampleShape(2, height)).output_size(height) < 1:
+                continue
+            x = random_array(rng, (1, 2, height), FLOAT32)
+            maps = compute(backend, every_map(Network(nodes)), x, rows=1, announced=False)
+            check_every_layer(Network(nodes), x, maps)

@@ -153,6 +153,12 @@ class ConvTranspose(Layer):
         own = sample.elements * math.prod(self.filters.shape[1:])
         return own if self.thresholds is None else own + self.neuron_count(input_shape)
 
+    def real_rows(self, first: int, last: int, sample: SampleShape) -> tuple[int, int]:
+        """The real input rows that those output rows read; where the height is not known, also those without
+        which the output would end before them."""
+        start, stop = super().real_rows(first, last, sample)
+        return start, stop if sample.rows is not None else max(stop, self.window(sample).input_size(last))
+
     def output_sample(self, sample: SampleShape) -> SampleShape:
         """(out_channels, *output sizes); see `TransposedWindow.output_size`."""
         check_rank("the filter bank", self.rank, sample)

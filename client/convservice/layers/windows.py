@@ -99,6 +99,11 @@ class TransposedWindow:
         room = (size - 1) * self.stride - self.before - self.after
         return max(0, room + self.extent + self.output_padding)
 
+    def input_size(self, size: int) -> int:
+        """Positions of the shortest axis that gives `size` neurons."""
+        room = size + self.before + self.after - self.extent - self.output_padding
+        return max(1, -(-room // self.stride) + 1)
+
     def span(self, first: int, last: int) -> tuple[int, int]:
         """The half-open range of virtual positions that the neurons first <= i < last look at; it may be
         empty."""
