@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +117,14 @@ class Running:
         ended = subprocess.run(["docker", "logs", self.id], capture_output=True, text=True, check=True)
         return ended.stdout, ended.stderr
 
+    def record(self, wanted: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
+        """The first record of its log that is wanted, once it is there: a line may come after its cause."""
+        with following(["docker", "logs", "--follow", self.id]) as lines:
+            for line in lines:
+                if line.startswith("{") and wanted(found := json.loads(line)):
+                    return cast("Mapping[str, Any]", found)
+        raise AssertionError(f"no such record within {WAIT:g} s: {self.logs()[1]}")
+
     def wait(self) -> int:
         """Its exit status, once it has ended."""
         return int(run(["docker", "wait", self.id], timeout=WAIT))
@@ -144,10 +152,10 @@ class Running:
 
 
 @contextmanager
-def following(command: Sequence[str]) -> Generator[Any]:
-    """The lines of a command as they come; it is ended when the context is left, or after `WAIT`."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        give_up = Timer(WAIT, process.kill)
+def following(command: Sequence[str], seconds: float = WAIT) -> Generator[Any]:
+    """The lines of a command's outputs as they come; it ends with the context, or after `seconds`."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        give_up = Timer(seconds, process.kill)
         give_up.start()
         try:
             yield process.stdout
@@ -167,9 +175,8 @@ def container(image: str, *arguments: str, **options: Any) -> Generator[Running]
     """
     environment: dict[str, str] = options.pop("env", {})
     command: Any = list(arguments) or None
-    unit = DockerContainer(
-        image, command=command, env=environment, name=own_name(), **{**HARDENED, **options}
-    )
+    unit = DockerContainer(image, command=command, env=environment, name=own_name())
+    unit.with_kwargs(**{**HARDENED, **options})
     ports = cast("dict[str, Any]", unit.ports)
     ports.update({f"{port}/tcp": ("127.0.0.1", None) for port in (SERVICE_PORT, METRICS_PORT)})
     with unit:
@@ -223,6 +230,7 @@ class Project:
         """The containers of a service."""
         return [Running(found) for found in self("ps", "-q", service).splitlines()]
 
+    @property
     def network(self) -> str:
         """The name of its network."""
         return f"{self.name}_default"

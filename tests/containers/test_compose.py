@@ -18,7 +18,8 @@ from tests.containers.engine import Project, Running, compose_commands, run, tol
 MAIN = "docker-compose.yml"
 SECURE, MUTUAL, GPU = (f"docker-compose.{name}.yml" for name in ("secure", "mtls", "gpu"))
 OVERRIDES = ((), (GPU,), (SECURE,), (MUTUAL,), (GPU, SECURE, MUTUAL))
-PROFILES = ((), ("scale",), ("demo",), ("scale", "demo"))
+PROFILES = ((), ("scale",), ("observability",), ("demo",), ("scale", "observability", "demo"))
+SERVICES = {"scale": ("replicas",), "observability": ("prometheus", "grafana"), "demo": ("demo",)}
 
 
 @pytest.mark.parametrize(("override", "profiles"), list(product(OVERRIDES, PROFILES)))
@@ -30,8 +31,7 @@ def test_every_profile_and_override_is_valid(
         chosen = [part for name in profiles for part in ("--profile", name)]
         printed = run([*tool, *files, *chosen, "config"])
         assert "convservice:" in printed
-        for name in profiles:
-            assert ("replicas:" if name == "scale" else f"{name}:") in printed
+        assert all(f"{service}:" in printed for name in profiles for service in SERVICES[name])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import convservice
-from convservice import Conv
+from convservice import BackendUnavailable, Conv, ServiceUnavailable
 from tests.containers.engine import METRICS_PORT, WAIT, Running, container, docker, wait_for_health
 from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT
 
@@ -108,6 +108,33 @@ def test_sigterm_lets_a_running_tensor_finish(image: str) -> None:
         assert [json.loads(line)["message"] for line in err.splitlines()][-1] == "stopped"
 
 
+def test_a_stream_that_outlasts_the_grace_time_fails_with_its_last_row(image: str) -> None:
+    layer = Conv(np.ones((1, 1, 3, 3), "float32"), padding=1)
+    over = threading.Event()
+    with container(image, env={"CONVSERVICE_DRAIN_GRACE": "0.5"}) as unit:
+        target = unit.published()
+        wait_for_health(target)
+
+        def rows() -> Iterator[Any]:
+            for first in range(0, 2000, 50):
+                if first == 1000:
+                    docker("kill", "--signal", "TERM", unit.id)
+                    assert over.wait(WAIT), "nothing comes any more"
+                yield np.ones((1, 50, 4096), "float32")
+
+        received = [0]
+        with convservice.connect(target) as client:
+            bands = client.stream(layer, rows(), shape=(1, 2000, 4096), dtype="float32")
+            with pytest.raises(ServiceUnavailable) as caught:
+                received += (band.array.shape[1] for band in bands)
+        over.set()
+        assert sum(received) > 0
+        assert caught.value.metadata["last_row"] == str(sum(received) - 1)
+        assert unit.wait() == 0
+        ends = [json.loads(line) for line in unit.logs()[1].splitlines()]
+        assert [record["finished"] for record in ends if record["message"] == "stopped"] == [False]
+
+
 def test_the_metrics_page_counts_what_was_asked(service: Running, target: str) -> None:
     address = f"http://{service.published(METRICS_PORT)}/metrics"
 
@@ -137,9 +164,17 @@ def test_the_metrics_page_counts_what_was_asked(service: Running, target: str) -
 def test_the_logs_are_json_with_a_line_for_each_tensor(service: Running, target: str) -> None:
     with convservice.connect(target) as client:
         client.conv2d(np.ones((7, 11), "float32"), np.ones((2, 2), "float32"))
+    tensor = service.record(lambda record: record.get("input") == "1 x (1, 7, 11) float32")
     records = [json.loads(line) for line in service.logs()[1].splitlines()]
     assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
-    (tensor,) = [record for record in records if record.get("input") == "1 x (1, 7, 11) float32"]
     assert tensor["status"] == "OK"
     assert tensor["bytes_in"] == 7 * 11 * 4
     assert tensor["outputs"] == "output (1, 6, 10) float32"
+
+
+def test_an_error_leads_to_its_line_in_the_log(service: Running, target: str) -> None:
+    with convservice.connect(target) as client, pytest.raises(BackendUnavailable) as caught:
+        client.conv2d(np.ones((7, 11), "float32"), np.ones((2, 2), "float32"), backend="no-such")
+    asked = caught.value.request_id
+    assert asked
+    assert service.record(lambda record: record.get("request_id") == asked)["status"] == "FAILED_PRECONDITION"
