@@ -163,7 +163,7 @@ def _row(nodes: Sequence[Node], shapes: Mapping[str, SampleShape]) -> LayerSumma
     bounds = field.inside or (field.channels,)
     return LayerSummary(
         node.id,
-        _type_of(layer),
+        type_of(layer),
         out.shape,
         layer.parameter_count,
         layer.unshared_parameter_count(given),
@@ -174,7 +174,8 @@ def _row(nodes: Sequence[Node], shapes: Mapping[str, SampleShape]) -> LayerSumma
     )
 
 
-def _type_of(layer: Layer) -> str:
+def type_of(layer: Layer) -> str:
+    """A layer's type, with its activation where it is not linear."""
     activation = layer if isinstance(layer, Activation) else getattr(layer, "activation", None)
     if isinstance(activation, Activation) and activation.function != "linear":
         return f"{layer.type_name} ({activation.function})"

@@ -22,6 +22,7 @@ EXTRAS = {
     "convservice_server",
     "grpc_health",
     "grpc_reflection",
+    "matplotlib",
     "ml_dtypes",
     "rich",
     "scipy",

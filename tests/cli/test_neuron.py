@@ -67,6 +67,8 @@ def test_every_neuron_sums_what_plain_loops_sum(case: tuple[Conv, NDArray[Any]])
         assert layer.bias is not None
         assert view.total == sum_by_hand(layer, sample, channel, tuple(index))
         assert view.expected == view.total + layer.bias[channel]
+        assert view.products is not None
+        assert view.weights is not None
         assert view.products.shape == view.values.shape == view.weights.shape == layer.weight.shape[1:]
         assert view.inside.shape == layer.kernel
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from convservice.cli import bench, example, explain, filter, health, info, serve, warm  # noqa: A004 - named as the command
+from convservice.cli import bench, example, explain, filter, health, info, serve, show_maps, warm  # noqa: A004 - named as the command
 from convservice.cli.arguments import with_lists_joined
 from convservice.cli.outcome import EXIT_HELP, CommandFailed, Exit, status_of
 from convservice.cli.output import show_json
@@ -26,6 +26,7 @@ COMMANDS = (
     example.COMMAND,
     explain.COMMAND,
     filter.COMMAND,
+    show_maps.COMMAND,
     bench.COMMAND,
     warm.COMMAND,
 )
