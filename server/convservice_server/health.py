@@ -9,6 +9,7 @@ neither certificate nor token.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -25,8 +26,14 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["ConvService"].full_name
 BACKEND_SERVICE = "convservice.backend."
 """Before a backend's name: the service under which health tells of that backend alone."""
 
+_UNKNOWN = "?"
+"""A name that no service has."""
+
 MESSAGE_BYTES = 64 << 10
 """Largest message on the port for health alone."""
+
+CALLS = 100
+"""On one connection to it, at the same time; a watch is one for as long as it lasts."""
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -47,8 +54,9 @@ class Health:
         self._lock = threading.RLock()  # guards the two below; asking the registry may come back here
         self._ready = False
         self._told: dict[str, bool] = {}
-        self.servicer = health.HealthServicer()
-        self._tell("", SERVICE_NAME, *(BACKEND_SERVICE + name for name in registry.names), serves=False)
+        names = ("", SERVICE_NAME, *(BACKEND_SERVICE + name for name in registry.names))
+        self.servicer = _Servicer(frozenset(names))
+        self._tell(*names, serves=False)
 
     def ready(self) -> None:
         """Says that the server has warmed up: from now on the backends decide."""
@@ -92,6 +100,42 @@ class Health:
                     self.servicer.set(service, _SERVING if serves else _NOT_SERVING)
 
 
+class _Servicer(health.HealthServicer):
+    """The standard servicer, of which nothing is left of a watch that has ended.
+
+    By itself it keeps every name that was ever watched, and whoever hung up before he was entered in its
+    books: anybody could fill the memory with those.
+
+    Args:
+        names: the services that there are, now and later.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def Watch(self, request: Any, context: Any, send_response_callback: Any = None) -> Any:
+        """See the protocol; all services that there are not are watched under one name."""
+        if request.service not in self._names:
+            request = health_pb2.HealthCheckRequest(service=_UNKNOWN)
+        untyped = cast("Any", super())  # of a context it needs `add_callback` alone
+        return untyped.Watch(request, _Leaving(context), send_response_callback)
+
+
+class _Leaving:
+    """A call's context, which says that the call has ended also where it had before anybody asked."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Has `callback` called when the call ends, or now; whether that is still to come."""
+        added = self._context.add_callback(callback)
+        if not added:
+            callback()
+        return added
+
+
 class HealthPort:
     """A listener that answers health checks alone, in plaintext.
 
@@ -103,7 +147,9 @@ class HealthPort:
 
     def __init__(self, health: Health, workers: int, guard: grpc.ServerInterceptor) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="health-port")
-        self._grpc = grpc.server(self._pool, interceptors=[guard], options=transport_options(MESSAGE_BYTES))
+        self._grpc = grpc.server(
+            self._pool, interceptors=[guard], options=transport_options(MESSAGE_BYTES, CALLS)
+        )
         cast("Any", health_pb2_grpc).add_HealthServicer_to_server(health.servicer, self._grpc)
 
     def listen(self, address: str) -> int:

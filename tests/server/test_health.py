@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import tracemalloc
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,7 +21,7 @@ from convservice.v1 import conv_pb2_grpc
 from convservice_backends.registry import Registry
 from convservice_backends.trial import try_worked_example
 from convservice_server.config import ServerConfig
-from convservice_server.health import BACKEND_SERVICE, SERVICE_NAME
+from convservice_server.health import BACKEND_SERVICE, SERVICE_NAME, Health
 from convservice_server.server import Server
 from tests.server.support import (
     WAIT,
@@ -215,3 +217,50 @@ def test_a_port_for_health_that_is_taken_is_a_clear_error() -> None:
 def test_an_address_for_health_is_checked() -> None:
     with pytest.raises(InvalidRequest, match="health_listen must be HOST:PORT"):
         ServerConfig(health_listen="here")
+
+
+class Watcher:
+    """The context of a call that watches, which ends when told to or has ended before it is asked."""
+
+    def __init__(self, *, over: bool) -> None:
+        self.over = over
+        self.callbacks: list[Callable[[], None]] = []
+        self.told: list[Any] = []
+        self.weight = bytearray(1 << 20)
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        if not self.over:
+            self.callbacks.append(callback)
+        return not self.over
+
+    def tell(self, answer: Any) -> None:
+        self.told.append(answer if answer is None else answer.status)
+
+
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("length", [0, 1 << 20])
+def test_nothing_is_left_of_a_watch_that_has_ended(length: int, over: bool) -> None:
+    servicer = Health(Registry(factories={"double": Double})).servicer
+    unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+    def watch_and_leave(number: int) -> None:
+        call = Watcher(over=over)
+        service = str(number % 10) * length
+        cast("Any", servicer).Watch(health_pb2.HealthCheckRequest(service=service), call, call.tell)
+        for callback in call.callbacks:
+            callback()
+        assert call.told == [unknown if service else NOT_SERVING, None]
+
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            watch_and_leave(number)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_service_that_there_is_not_can_be_watched() -> None:
+    with running() as served:
+        assert next(watch(served.channel, "nobody")) == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
