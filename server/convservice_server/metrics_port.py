@@ -1,15 +1,21 @@
 """The port on which Prometheus reads: one page over HTTP/1.1, nothing else.
 
 Given a registry of prometheus-client, `MetricsPort` answers `GET /metrics` in the format that is asked for
-(Prometheus's text, or OpenMetrics). Its threads are daemons, so that a scraper that hangs holds up no stop.
+(Prometheus's text, or OpenMetrics). Whoever connects takes a thread, so there are few connections: one more
+ends the one that has been there longest, so that those who only hold theirs shut nobody out. Threads are
+daemons: a scraper that hangs holds up no stop.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
+import sys
 import threading
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -17,7 +23,12 @@ from prometheus_client.exposition import choose_encoder
 from convservice_server.config import split_address
 from convservice_server.listening import cannot_listen
 
+log = logging.getLogger(__name__)
+
 PATH = "/metrics"
+
+MOST_CONNECTIONS = 16
+"""At the same time."""
 
 _SILENCE = 30.0
 """Seconds after which a connection on which nothing comes is closed."""
@@ -44,9 +55,8 @@ class MetricsPort:
         class Handler(_Handler):
             pages = registry
 
-        class Listener(ThreadingHTTPServer):
+        class Listener(_Listener):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            daemon_threads = True
 
         try:
             self._http = Listener((host, port), Handler)
@@ -57,10 +67,55 @@ class MetricsPort:
         self._thread.start()
 
     def stop(self) -> None:
-        """Listens no more; more than once does no harm."""
+        """Listens no more, and hangs up; more than once does no harm."""
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
+        self._http.hang_up(0)
+
+
+class _Listener(ThreadingHTTPServer):
+    """Accepts connections, each with a thread of its own."""
+
+    daemon_threads = True
+    request_queue_size = MOST_CONNECTIONS
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._open: dict[Any, None] = {}  # the oldest first
+        self._failed = False
+        super().__init__(address, handler)
+
+    def hang_up(self, but: int) -> None:
+        """Ends connections, the oldest first, but for so many."""
+        with self._lock:
+            for connection in list(self._open)[: max(0, len(self._open) - but)]:
+                del self._open[connection]
+                with suppress(OSError):  # it has just ended by itself
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Takes a connection."""
+        with self._lock:
+            self._open[request] = None
+        self.hang_up(MOST_CONNECTIONS)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """A connection has ended."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A page could not be made or sent; the first that could not be made is logged."""
+        error = sys.exception()
+        if isinstance(error, OSError):  # the scraper's affair
+            return
+        with self._lock:
+            first, self._failed = not self._failed, True
+        if first:
+            log.error("the metrics page failed; that it does so again is not logged", exc_info=error)
 
 
 class _Handler(BaseHTTPRequestHandler):

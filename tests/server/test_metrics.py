@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import logging
+import socket
 import threading
 from contextlib import suppress
 from typing import Any, cast
@@ -10,6 +12,7 @@ from typing import Any, cast
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,6 +23,7 @@ from convservice.v1 import conv_pb2_grpc
 from convservice_backends.interface import Backend, TellsDeviceMemory
 from convservice_backends.registry import Registry
 from convservice_server.config import ServerConfig
+from convservice_server.metrics_port import MOST_CONNECTIONS, MetricsPort
 from convservice_server.observation import Observation, Observer
 from convservice_server.records import CallRecord, TensorRecord
 from convservice_server.server import Server
@@ -298,3 +302,45 @@ def test_an_observer_that_fails_harms_nobody_and_is_logged_once(caplog: pytest.L
     assert [record.message for record in caplog.records].count(
         "Failing failed; that it does so again is not logged"
     ) == 1
+
+
+def test_who_holds_connections_shuts_nobody_out_and_holds_up_no_stop() -> None:
+    port = MetricsPort("127.0.0.1:0", CollectorRegistry())
+    held: list[socket.socket] = []
+    try:
+        for _ in range(2 * MOST_CONNECTIONS):
+            held.append(socket.create_connection(("127.0.0.1", port.port), WAIT))
+            held[-1].sendall(b"GET /metrics HTTP/1.1\r\n")  # and never the rest
+            assert fetch(port.port)[0] == 200
+        assert held[0].recv(1) == b"", "the one that has been there longest is gone"
+        port.stop()
+        for connection in held:
+            assert connection.recv(1) == b""
+    finally:
+        port.stop()
+        for connection in held:
+            connection.close()
+
+
+class _Broken:
+    def collect(self) -> list[Any]:
+        raise ZeroDivisionError
+
+    def describe(self) -> list[Any]:
+        return []
+
+
+def test_a_page_that_cannot_be_made_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    registry = CollectorRegistry()
+    registry.register(cast("Any", _Broken()))
+    port = MetricsPort("127.0.0.1:0", registry)
+    try:
+        for _ in range(3):
+            with pytest.raises(http.client.RemoteDisconnected):
+                fetch(port.port)
+        assert fetch(port.port, "/elsewhere")[0] == 404
+    finally:
+        port.stop()
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError
