@@ -1,7 +1,7 @@
 """The log's lines about calls and tensors.
 
 Each tensor has one line, whatever came of it, and so has each call that carried none: registrations, uploads,
-questions, refusals. Every line has the call's request id, which the client knows. Refused calls are logged no
+questions, refusals. Every line has the call's request id, which the client knows. What fails is logged no
 faster than a person can read, and the next line says how many were left out.
 """
 
@@ -19,10 +19,10 @@ from convservice_server.records import CallRecord, TensorRecord
 log = logging.getLogger(__name__)
 
 _BURST = 50
-"""Lines about failed calls that may come at once."""
+"""Lines about failed calls and tensors that may come at once."""
 
 _PER_SECOND = 10.0
-"""Lines about failed calls that may come in the long run."""
+"""Lines about failed calls and tensors that may come in the long run."""
 
 
 class Budget:
@@ -61,7 +61,7 @@ class Lines(Observer):
     """Writes the lines.
 
     Args:
-        budget: for lines about failed calls.
+        budget: for lines about failed calls and tensors.
     """
 
     def __init__(self, budget: Budget | None = None) -> None:
@@ -83,16 +83,13 @@ class Lines(Observer):
         if call.owner:
             fields["owner"] = call.owner
         if call.status != "OK":
-            left_out = self._budget.take()
-            if left_out is None:
+            if not self._admits(fields):
                 return
-            if left_out:
-                fields["lines_left_out"] = left_out
             fields |= {"peer": call.peer, "reason": call.reason, "error": call.message}
         log.info("call", extra={"fields": fields})
 
     def tensor_ended(self, tensor: TensorRecord) -> None:
-        """One line."""
+        """One line, unless it is one too many."""
         if not log.isEnabledFor(logging.INFO):
             return
         fields: dict[str, Any] = {
@@ -117,8 +114,17 @@ class Lines(Observer):
             }
         fields["status"] = tensor.status
         if tensor.error is not None:
+            if not self._admits(fields):
+                return
             fields |= {"reason": tensor.error.reason, "error": tensor.error.message}
         log.info("tensor", extra={"fields": fields})
+
+    def _admits(self, fields: dict[str, Any]) -> bool:
+        """Whether a line about what failed may be written; it is told how many were not before it."""
+        left_out = self._budget.take()
+        if left_out:
+            fields["lines_left_out"] = left_out
+        return left_out is not None
 
 
 def _milliseconds(seconds: float) -> float:

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+MOST_CHARACTERS = 4096
+"""Of one field: names that a client chose may fill a message."""
+
 
 class JsonFormatter(logging.Formatter):
     """A record as one JSON object: time, level, logger, message, and the record's fields."""
@@ -54,7 +57,11 @@ def configure(log_format: str, level: str) -> None:
 
 def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
     fields: Mapping[str, Any] = getattr(record, "fields", {})
-    return fields
+    return {name: _cut(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def _one_line(text: str) -> str:

@@ -18,12 +18,13 @@ from importlib.metadata import version
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from convservice_server.health import SERVICE_NAME
+from convservice_server.logs import MOST_CHARACTERS
 from convservice_server.observation import Observer
 from convservice_server.records import CallRecord, TensorRecord
 
@@ -49,7 +50,11 @@ class Traces(Observer):
                 "service.instance.id": str(uuid.uuid4()),
             }
         )
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider = TracerProvider(
+            resource=resource,
+            shutdown_on_exit=False,
+            span_limits=SpanLimits(max_attribute_length=MOST_CHARACTERS),
+        )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("convservice", version("convservice"))
         self._headers = TraceContextTextMapPropagator()

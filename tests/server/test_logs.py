@@ -52,6 +52,14 @@ def test_json() -> None:
     }
 
 
+def test_a_long_text_is_cut() -> None:
+    long = "n" * 1_000_000
+    for formatter in (logs.TextFormatter(), logs.JsonFormatter()):
+        line = formatter.format(record("tensor", {"network": long, "status": "OK"}))
+        assert len(line) < logs.MOST_CHARACTERS + 300
+        assert "OK" in line
+
+
 def test_a_traceback_goes_to_the_log() -> None:
     for formatter in (logs.TextFormatter(), logs.JsonFormatter()):
         assert "ZeroDivisionError: by what?" in formatter.format(record("by what?", {}, failed=True))

@@ -13,10 +13,11 @@ import grpc
 import numpy as np
 import pytest
 
+from convservice.errors import InvalidRequest, Reason
 from convservice.metadata import REQUEST_ID
 from convservice.v1 import conv_pb2 as pb
 from convservice_server.lines import Budget, Lines
-from convservice_server.records import CallRecord
+from convservice_server.records import CallRecord, TensorRecord
 from tests.server.support import (
     WAIT,
     Requests,
@@ -166,6 +167,17 @@ def test_lines_about_failed_calls_come_no_faster_than_can_be_read(caplog: pytest
     assert lines(caplog)[-1]["status"] == "OK", "calls that succeed are always told of"
     now[0] += 100.0
     assert [line.get("lines_left_out") for line in fail(4)] == [4, None, None]
+
+
+def test_lines_about_failed_tensors_are_bounded_with_them(caplog: pytest.LogCaptureFixture) -> None:
+    told = Lines(Budget(3, 2.0, lambda: 0.0))
+    error = InvalidRequest("no", reason=Reason.FRAMING)
+    call = CallRecord("ConvolveStream")
+    for _ in range(10):
+        told.tensor_ended(TensorRecord(call, 0, "n", None, 0.0, error))
+    assert len(lines(caplog)) == 3
+    told.tensor_ended(TensorRecord(call, 0, "n", None, 0.0))
+    assert len(lines(caplog)) == 4, "tensors that pass are always told of"
 
 
 BROKEN_LOG = """
