@@ -3,7 +3,8 @@
 BLAS reads its number of threads when it is loaded. A server wants one (blocks run on the backend's own
 workers, and the bits of a product must not depend on how busy they are), so `one_blas_thread` sets the
 variables and, where NumPy is loaded already, starts the same command over in the same process: `execv` keeps
-the process's id and its standard streams. `keep_freed_memory` tells glibc to reuse buffers of the size of a
+the process's id and its standard streams. `open_standard_streams` gives a process that was started without
+them others that lead nowhere. `keep_freed_memory` tells glibc to reuse buffers of the size of a
 message instead of returning each to the kernel and faulting its pages in anew, which is what costs most in
 moving tensors.
 """
@@ -34,6 +35,21 @@ _KEPT_BYTES = 64 << 20
 """Free memory at the end of a heap that is kept for reuse rather than given back."""
 _ARENAS = 2
 """Heaps; each keeps what it has for reuse, so that many heaps would keep many times as much."""
+
+
+def open_standard_streams() -> None:
+    """Opens the standard streams that are closed, to nowhere.
+
+    Else the next connection would get such a stream's number, and with it whatever a library writes there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the least number that is free, and so this one
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - stays open
 
 
 def one_blas_thread() -> None:

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from convservice.errors import ConvServiceError
 from convservice_server import logs
 from convservice_server.config import ServerConfig
-from convservice_server.environment import keep_freed_memory, one_blas_thread
+from convservice_server.environment import keep_freed_memory, one_blas_thread, open_standard_streams
 from convservice_server.resources import limits, too_small
 from convservice_server.server import Server
 
@@ -48,6 +48,7 @@ def serve(config: ServerConfig, misspelt: Sequence[str] = ()) -> int:
     Returns:
         The exit code: 0 after a drain, 1 when the server cannot start.
     """
+    open_standard_streams()
     one_blas_thread()
     keep_freed_memory()
     logs.configure(config.log_format, config.log_level)

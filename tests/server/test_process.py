@@ -186,3 +186,21 @@ def suppressed(refused: list[str]) -> Generator[None]:
         yield
     except convservice.ResourceExhausted as exc:
         refused.append(exc.reason)
+
+
+NOWHERE = """
+import os, sys
+from convservice_server.environment import open_standard_streams
+open_standard_streams()
+assert all(os.path.samestat(os.fstat(number), os.stat(os.devnull)) for number in range(3))
+print("to nobody", flush=True)
+print("to nobody", file=sys.stderr, flush=True)
+assert sys.stdin.read() == ""
+sys.exit(7)
+"""
+
+
+def test_standard_streams_that_are_closed_lead_nowhere() -> None:
+    closed = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    ended = subprocess.run([*closed, sys.executable, "-c", NOWHERE], check=False, timeout=WAIT)
+    assert ended.returncode == 7

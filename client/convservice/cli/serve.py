@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until stopped; hands back the server's own exit status."""
-    from convservice_server.environment import one_blas_thread
+    from convservice_server.environment import one_blas_thread, open_standard_streams
     from convservice_server.settings import from_process, unknown_variables
 
     names = [setting.name for group in SETTINGS.values() for setting in group]
@@ -133,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(settings.as_toml(), end="")
         return Exit.OK
+    open_standard_streams()
     one_blas_thread()  # before more is imported: it may start this very command over
     try:
         from convservice_server.process import serve
