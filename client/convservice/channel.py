@@ -136,11 +136,17 @@ class Connection:
             return call(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as exc:
             raise error_of(exc, self.target, method, timeout, request_id) from exc
+        except ValueError as exc:
+            raise self._refused(exc) from exc
 
     def stream(self, requests: Iterator[pb.ConvolveStreamRequest], timeout: float | None) -> Any:
         """Starts a `ConvolveStream` call; gRPC takes the requests in a thread of its own from now on."""
         request_id, metadata = identified(self._endpoint.authorization)
-        call = self.stub().ConvolveStream(requests, timeout=timeout, metadata=metadata)
+        stub = self.stub()
+        try:
+            call = stub.ConvolveStream(requests, timeout=timeout, metadata=metadata)
+        except ValueError as exc:
+            raise self._refused(exc) from exc
         self._request_ids[call] = request_id
         return call
 
@@ -151,6 +157,10 @@ class Connection:
         except grpc.RpcError as exc:
             request_id = self._request_ids.get(call)
             raise error_of(exc, self.target, "ConvolveStream", timeout, request_id) from exc
+
+    def _refused(self, exc: ValueError) -> ValueError:
+        """What to raise where gRPC makes no call: another thread may have closed the client meanwhile."""
+        return closed_error(self.target) if self._closed else exc
 
     def close(self) -> None:
         """Closes the channel; what runs on it is cancelled."""

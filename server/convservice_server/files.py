@@ -111,6 +111,8 @@ def contents(setting: str, path: str) -> bytes:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise wrong_file(setting, path, "it is no regular file")
             data = file.read(MOST_BYTES + 1)
+    except InvalidRequest:
+        raise
     except (OSError, ValueError) as exc:  # ValueError: a path with a null byte
         why = getattr(exc, "strerror", None) or exc
         raise wrong_file(setting, path, f"it cannot be read: {why}") from exc

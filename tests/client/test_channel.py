@@ -29,9 +29,12 @@ from convservice import (
     ServiceUnavailable,
     Unauthenticated,
 )
-from convservice.endpoint import is_local
+from convservice.addresses import Address
+from convservice.channel import Connection
+from convservice.endpoint import Endpoint, is_local
 from convservice.errors import Reason, to_status
 from convservice.rpc_errors import error_of
+from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import add_ConvServiceServicer_to_server
 from tests.client.fake import FakeServer, FakeService, Refused, hang, relu
 
@@ -247,3 +250,22 @@ def test_a_closed_client_says_so(client: ConvClient) -> None:
     client.close()
     with pytest.raises(ConvServiceError, match="the client is closed"):
         client.info()
+
+
+class ClosedMeanwhile(Connection):
+    """A connection that another thread closes just when a call has its stub."""
+
+    def stub(self) -> Any:
+        stub = super().stub()
+        self.close()
+        return stub
+
+
+def test_a_client_that_is_closed_as_a_call_begins_says_so() -> None:
+    def connection() -> Connection:
+        return ClosedMeanwhile(Endpoint.of("localhost:1"), Address("localhost:1"))
+
+    with pytest.raises(InvalidRequest, match="the client is closed"):
+        connection().unary("GetServerInfo", pb.GetServerInfoRequest(), 1.0)
+    with pytest.raises(InvalidRequest, match="the client is closed"):
+        connection().stream(iter(()), 1.0)
