@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from convservice import ConvClient
-from tests.client.fake import FakeService, relu
+import pytest
+
+import convservice
+from tests.client.fake import FakeServer, relu
 
 SCRIPT = """
 import os, signal, sys
@@ -45,10 +47,12 @@ print("done")
 """
 
 
-def test_parent_child_and_grandchild_use_the_same_client(fake: FakeService, client: ConvClient) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_parent_child_and_grandchild_use_the_same_client(servers: list[FakeServer], count: int) -> None:
     root = Path(__file__).parents[2]
+    target = ",".join(server.target for server in servers[:count])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, client.target],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, target],
         capture_output=True,
         text=True,
         timeout=100,
@@ -56,4 +60,5 @@ def test_parent_child_and_grandchild_use_the_same_client(fake: FakeService, clie
         cwd=root,
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    client.run(relu(), [[[[1.0]]]])
+    with convservice.connect(target) as client:
+        client.run(relu(), [[[[1.0]]]])

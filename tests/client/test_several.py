@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from convservice import (
     Conv,
     ConvClient,
+    DeadlineExceeded,
     InvalidRequest,
     Network,
     NetworkNotFound,
@@ -406,3 +408,17 @@ def test_a_closed_client_says_so(client: Blocking) -> None:
     for use in (client.info, lambda: list(client.map(relu(), [X])), lambda: client.unregister(relu())):
         with pytest.raises(InvalidRequest, match="the client is closed"):
             use()
+
+
+def test_a_server_that_never_answers_holds_up_nothing_for_good(
+    servers: list[FakeServer], connect: Connect
+) -> None:
+    """The kernel accepts connections to it, and that is all: a call there takes its time and no longer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        client = connect([target, servers[0].target])
+        with pytest.raises(DeadlineExceeded) as caught:
+            client.run(relu(), X, timeout=0.5)
+        assert caught.value.target == target
+        assert np.array_equal(client.run(relu(), X, timeout=30), np.maximum(X, 0))
+        assert marks(client.map(relu(), arrays(40), timeout=30)) == list(range(40))
