@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from importlib.metadata import version
 
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -33,6 +34,10 @@ EXPORT_SECONDS = 5
 
 STOP_SECONDS = 5.0
 """For which the last spans may hold up the server's end."""
+
+
+Wall = Callable[[float], int]
+"""From a time of `time.monotonic` to nanoseconds since 1970."""
 
 
 class Traces(Observer):
@@ -59,10 +64,11 @@ class Traces(Observer):
         self._tracer = self._provider.get_tracer("convservice", version("convservice"))
         self._headers = TraceContextTextMapPropagator()
         self._lock = threading.Lock()  # guards _calls
-        self._calls: dict[CallRecord, Span] = {}
+        self._calls: dict[CallRecord, tuple[Span, Wall]] = {}
 
     def call_started(self, call: CallRecord) -> None:
         """Begins the call's span, at the time of its arrival."""
+        wall = _wall()
         span = self._tracer.start_span(
             f"{SERVICE_NAME}/{call.method}",
             self._headers.extract(call.trace),
@@ -73,17 +79,18 @@ class Traces(Observer):
                 "rpc.method": call.method,
                 "convservice.request_id": call.request_id,
             },
-            start_time=_wall(call.arrived),
+            start_time=wall(call.arrived),
         )
         with self._lock:
-            self._calls[call] = span
+            self._calls[call] = span, wall
 
     def call_ended(self, call: CallRecord) -> None:
         """Ends the call's span."""
         with self._lock:
-            span = self._calls.pop(call, None)
-        if span is None:
+            known = self._calls.pop(call, None)
+        if known is None:
             return
+        span, wall = known
         span.set_attributes(
             {
                 "convservice.status": call.status,
@@ -95,13 +102,16 @@ class Traces(Observer):
         if call.status != "OK":
             span.set_attribute("convservice.reason", call.reason)
             span.set_status(Status(StatusCode.ERROR, call.message))
-        span.end(_wall(call.ended))
+        span.end(wall(call.ended))
 
     def tensor_ended(self, tensor: TensorRecord) -> None:
         """Makes the tensor's span and those of its phases."""
         with self._lock:
-            parent = self._calls.get(tensor.call)
-        if parent is None or tensor.meter is None or not parent.is_recording():
+            known = self._calls.get(tensor.call)
+        if known is None or tensor.meter is None:
+            return
+        parent, wall = known
+        if not parent.is_recording():
             return
         span = self._tracer.start_span(
             "tensor",
@@ -118,7 +128,7 @@ class Traces(Observer):
                 "convservice.reserved_bytes": tensor.meter.reserved,
                 "convservice.status": tensor.status,
             },
-            start_time=_wall(tensor.meter.started),
+            start_time=wall(tensor.meter.started),
         )
         if tensor.error is not None:
             span.set_attribute("convservice.reason", tensor.error.reason)
@@ -127,9 +137,9 @@ class Traces(Observer):
         for name, phase in tensor.meter.phases.items():
             if phase.first is not None:
                 busy = {"convservice.busy_ms": _milliseconds(phase.seconds)}
-                child = self._tracer.start_span(name, within, attributes=busy, start_time=_wall(phase.first))
-                child.end(_wall(phase.last))
-        span.end(_wall(tensor.ended))
+                child = self._tracer.start_span(name, within, attributes=busy, start_time=wall(phase.first))
+                child.end(wall(phase.last))
+        span.end(wall(tensor.ended))
 
     def stop(self) -> None:
         """Sends what is left, for a bounded time."""
@@ -149,9 +159,11 @@ def to_collector(endpoint: str) -> SpanExporter:
     )
 
 
-def _wall(monotonic: float) -> int:
-    """Nanoseconds since 1970 for a time of `time.monotonic`."""
-    return time.time_ns() - int((time.monotonic() - monotonic) * 1e9)
+def _wall() -> Wall:
+    """Nanoseconds since 1970 for times of `time.monotonic`: as of now, so that spans of one call keep their order
+    whatever becomes of the clock on the wall."""
+    zero = time.time_ns() - int(time.monotonic() * 1e9)
+    return lambda monotonic: zero + int(monotonic * 1e9)
 
 
 def _milliseconds(seconds: float) -> float:
