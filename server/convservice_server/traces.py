@@ -160,7 +160,7 @@ def to_collector(endpoint: str) -> SpanExporter:
 
 
 def _wall() -> Wall:
-    """Nanoseconds since 1970 for times of `time.monotonic`: as of now, so that spans of one call keep their order
+    """Nanoseconds since 1970 for times of `time.monotonic`, as of now: the spans of one call keep their order
     whatever becomes of the clock on the wall."""
     zero = time.time_ns() - int(time.monotonic() * 1e9)
     return lambda monotonic: zero + int(monotonic * 1e9)
