@@ -254,6 +254,34 @@ def test_a_very_large_window_costs_little_more_than_a_small_one(
     assert mean[0, 0, 350, 350] == pytest.approx(middle, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [MaxPool, AvgPool])
+def test_a_window_that_is_mostly_padding_costs_little(
+    backend: Backend, kind: type[MaxPool | AvgPool], rng: np.random.Generator
+) -> None:
+    """Under it lie half a million positions with next to nothing on them: as calls of their own they would
+    take minutes."""
+    x = small_integers(rng, (1, 2, 3, 2), FLOAT32)
+    layer = kind((1 << 19, 1), stride=(1 << 18, 1), padding=(1 << 18, 0))
+    found = compute(backend, Network([layer]), x)["output"]
+    expected = x.max(axis=2) if kind is MaxPool else x.sum(axis=2) / (1 << 19)
+    assert found.shape == (1, 2, 1, 2)
+    assert np.array_equal(found[:, :, 0], expected)
+
+
+@pytest.mark.parametrize("layer", [GlobalMaxPool(), GlobalAvgPool()], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64, 5, 5, 30), (300, 7, 7), (700, 1, 4), (5000, 2), (33, 3, 501)], ids=str
+)
+@pytest.mark.parametrize("rows", [None, 1])
+def test_global_pooling_of_many_low_maps(
+    backend: Backend, layer: Layer, shape: tuple[int, ...], rows: int | None, rng: np.random.Generator
+) -> None:
+    """A map lower than the rows that are taken in together has more channels reduced at once."""
+    x = small_integers(rng, (2, *shape), FLOAT32)
+    found = compute(backend, Network([layer]), x, rows=rows)["output"]
+    check_every_layer(Network([layer]), x, {"layer0": found})
+
+
 @pytest.mark.parametrize("rows", [None, 3])
 def test_a_flattened_map_that_is_an_output_as_well_changes_no_bit(
     backend: Backend, float_dtype: DType, rows: int | None, rng: np.random.Generator

@@ -166,11 +166,14 @@ LAYERED = (
     "unshared",
     "flattened",
     "flattened, every map",
+    "many channels",
+    "many channels, flattened",
 )
 
 
 def layered(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
     """A network of other layers than convolutions, with an input for it."""
+    shape: tuple[int, ...]
     shape, dtype = (1, 2, 400, 500), FLOAT32
     match name.split(",", maxsplit=1)[0]:
         case "residual":
@@ -184,6 +187,9 @@ def layered(rng: np.random.Generator, name: str) -> tuple[Network, Array]:
         case "transposed":
             weight = random_array(rng, (2, 3, 5, 4), FLOAT32)
             network = Network([ConvTranspose(weight, stride=(3, 2), padding=1, activation="gelu")])
+        case "many channels":
+            last = Flatten() if "flattened" in name else Activation("relu")
+            network, shape = Network([MaxPool(1, stride=5), last]), (1, 20_000, 13)
         case "unshared":
             weight = random_array(rng, (3, 2, 396, 496, 5, 5), FLOAT32)
             network = Network([LocallyConnected(weight, activation="sigmoid")])

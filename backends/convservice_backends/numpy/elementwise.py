@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convservice.dtypes import DType
+from convservice.dtypes import DType, dtype_of
 from convservice.geometry import SampleShape
 from convservice.layers import Activation, Add
 from convservice_backends.numpy.blocks import tiles_of
@@ -100,16 +100,35 @@ def convert(array: NDArray[Any], dtype: DType) -> NDArray[Any]:
     if array.dtype == dtype.numpy:
         return array
     out = np.empty(array.shape, dtype.numpy)
-    whole = array.flags.c_contiguous
-    sources = [array] if whole else [channel for sample in array for channel in sample]
-    targets = [out] if whole else [channel for sample in out for channel in sample]
-    with np.errstate(all="ignore"):
-        for source, target in zip(sources, targets, strict=True):
-            flat, into = source.reshape(-1), target.reshape(-1)
-            for first in range(0, flat.size, CONVERTED_ELEMENTS):
-                part = slice(first, first + CONVERTED_ELEMENTS)
-                store(flat[part].copy(), into[part])
+    if array.flags.c_contiguous:
+        copy_rounded(array.reshape(1, -1), out.reshape(1, -1), dtype_of(array.dtype))
+    else:
+        for sample, into in zip(array, out, strict=True):
+            copy_rounded(sample, into, dtype_of(array.dtype))
     return out
+
+
+def copy_rounded(source: NDArray[Any], target: NDArray[Any], through: DType) -> None:
+    """Copies a sample's rows (channels, ...), rounded once.
+
+    Args:
+        source: each channel contiguous.
+        target: likewise, of the same shape.
+        through: the type in which an integer result is rounded and saturated.
+    """
+    elements = math.prod(source.shape[1:])
+    with np.errstate(all="ignore"):
+        if elements <= CONVERTED_ELEMENTS:
+            step = CONVERTED_ELEMENTS // max(1, elements)
+            for first in range(0, len(source), step):
+                some = slice(first, first + step)
+                store(source[some].astype(through.numpy, order="C"), target[some])
+            return
+        for channel, channel_into in zip(source, target, strict=True):
+            flat, into = channel.reshape(-1), channel_into.reshape(-1)
+            for first in range(0, elements, CONVERTED_ELEMENTS):
+                part = slice(first, first + CONVERTED_ELEMENTS)
+                store(flat[part].astype(through.numpy), into[part])
 
 
 class NumpyArrays:

@@ -31,6 +31,9 @@ OVERLAP = 4
 """A tile is at least this share of its window high and wide, so that tiles do not mostly read what their
 neighbours read."""
 
+MOST_TAPS = 64
+"""Longest window that is gone through position by position: each costs a call, for however few windows."""
+
 Combine = Callable[..., NDArray[Any]]
 """np.maximum or np.add."""
 
@@ -58,18 +61,21 @@ class PoolOperator:
         tile = _tile(windows, fewest, out)
         elements = tile[0] * math.prod(w.reach(n) for w, n in zip(windows, tile[1:], strict=True))
         scratch = 3 * aligned(elements, self._dtype)
-        # A division by the numbers of positions, a mask of NaN, and what rounding takes.
-        temporary = temporary_bytes(2 * max(elements, math.prod(tile)), dtype_of(self._dtype))
+        # The numbers of positions to divide by, also in float64; a mask of NaN, and what rounding takes.
+        temporary = temporary_bytes(elements, dtype_of(self._dtype))
+        temporary += 8 * (3 * math.prod(tile[1:]) + 4 * sum(tile[1:]))
         return TiledPlan("separable", fewest[0], out.rest, scratch, temporary, any_rows=True, tile=tile)
 
     def compute(self, run: Run, out: NDArray[Any], workspace: Workspace) -> None:
-        """Computes output rows first <= i < last, a tile a task; small samples several to a tile."""
+        """Computes output rows first <= i < last, a tile a task; of small maps several to a
+        tile."""
         given = SampleShape(run.rows.shape[1], run.height, tuple(run.rows.shape[3:]))
         windows = self._layer.windows(given)
-        tile = tuple(map(min, tile_of(run), out.shape[1:]))
-        elements = tile[0] * math.prod(w.reach(n) for w, n in zip(windows, tile[1:], strict=True))
-        stack = max(1, run.blocks.scratch_bytes // (3 * aligned(elements, self._dtype)))
-        tile = (stack, *tile)
+        channels, *sizes = map(min, tile_of(run), out.shape[1:])
+        elements = math.prod(w.reach(n) for w, n in zip(windows, sizes, strict=True))
+        fitting = max(channels, run.blocks.scratch_bytes // (3 * aligned(elements, self._dtype)))
+        channels = min(fitting, out.shape[1])
+        tile = (max(1, fitting // channels), channels, *sizes)
         starts = (0, 0, run.first, *(0 for _ in given.rest))
         ends = (out.shape[0], out.shape[1], run.last, *out.shape[3:])
         tasks = [self._task(at, windows, run, out, workspace) for at in tiles_of(tile, starts, ends)]
@@ -206,7 +212,7 @@ def _along(
         return every(values, 0)
     shape = list(values.shape)
     shape[axis] = count
-    if kernel <= 2 + stride * math.log2(kernel):
+    if kernel <= min(MOST_TAPS, 2 + stride * math.log2(kernel)):
         out = combine(every(values, 0), every(values, 1), out=buffers.take(tuple(shape), values))
         for tap in range(2, kernel):
             combine(out, every(values, tap), out=out)

@@ -16,7 +16,7 @@ from convservice.dtypes import FLOAT64, DType
 from convservice.geometry import SampleShape
 from convservice.layers import Flatten, GlobalAvgPool, GlobalMaxPool
 from convservice_backends.numpy.blocks import aligned, carve
-from convservice_backends.numpy.elementwise import CONVERTED_ELEMENTS, store, temporary_bytes
+from convservice_backends.numpy.elementwise import CONVERTED_ELEMENTS, copy_rounded, store, temporary_bytes
 from convservice_backends.numpy.pooling import same_zeros_and_nans
 from convservice_backends.operators import Run, Task, Workspace
 from convservice_backends.plan import BlockPlan
@@ -46,7 +46,8 @@ class GlobalPoolOperator:
         """Rows enough for a sum worth calling for, no more than are worth holding."""
         positions = math.prod(given.rest)
         rows = max(1, min(PIECE_ELEMENTS // positions, BLOCK_ELEMENTS // given.row_elements))
-        elements = self._channels(given, rows) * rows * min(positions, PIECE_ELEMENTS)
+        # A sample lower than a block has more channels to a task: up to a piece, whatever its height.
+        elements = min(PIECE_ELEMENTS, rows * given.row_elements)
         # Where a row is larger than a piece, the row of a channel may have to be laid out.
         laid_out = positions * FLOAT64.itemsize if positions > PIECE_ELEMENTS else 0
         scratch = aligned(elements, self._kept.numpy)
@@ -147,29 +148,17 @@ class FlattenOperator:
     def accumulate(self, run: Run, sums: None, out: NDArray[Any], workspace: Workspace) -> None:
         """Copies input rows first <= i < last to their places."""
         samples, channels, _, *rest = run.rows.shape
-        places = out.reshape(samples, channels, run.known_height, *rest)[:, :, run.first : run.last]
+        places = out.reshape(samples, channels, run.known_height, *rest)
         rows = run.rows[:, :, run.first - run.first_row : run.last - run.first_row]
+        into = places[:, :, run.first : run.last]
+
+        workspace.run([], 0)
         if out.dtype.kind not in "iu":  # rounded as they are copied
             with np.errstate(all="ignore"):
-                np.copyto(places, rows, casting="unsafe")
-            workspace.run([], 0)
+                np.copyto(into, rows, casting="unsafe")
             return
-        tasks = [
-            self._task(rows[sample, channel], places[sample, channel])
-            for sample in range(samples)
-            for channel in range(channels)
-        ]
-        workspace.run(tasks, 0)
-
-    def _task(self, rows: NDArray[Any], places: NDArray[Any]) -> Task:
-        def task(_: int) -> None:
-            flat, into = rows.reshape(-1), places.reshape(-1)
-            with np.errstate(all="ignore"):
-                for first in range(0, flat.size, CONVERTED_ELEMENTS):
-                    part = slice(first, first + CONVERTED_ELEMENTS)
-                    store(flat[part].astype(self._accumulator.numpy), into[part])
-
-        return task
+        for source, target in zip(rows, into, strict=True):
+            copy_rounded(source, target, self._accumulator)
 
     def finish(
         self, height: int, given: SampleShape, sums: None, out: NDArray[Any], workspace: Workspace
