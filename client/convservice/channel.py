@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
@@ -23,8 +23,6 @@ from convservice.rpc_errors import SERVICE, error_of
 from convservice.v1 import conv_pb2 as pb
 from convservice.v1.conv_pb2_grpc import ConvServiceStub
 from convservice.version import __version__
-
-T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 4 << 20
 """gRPC's default limit, said aloud: messages of this contract stay well below it, both ways."""
@@ -41,7 +39,8 @@ _SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                # CANCELLED is how a server ends a call that reaches it in the moment in which it stops.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ]
@@ -135,7 +134,9 @@ class Connection:
         try:
             return call(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as exc:
-            raise error_of(exc, self.target, method, timeout, request_id) from exc
+            raise error_of(
+                exc, self.target, method, timeout, request_id, cancelled_here=self._closed
+            ) from exc
         except ValueError as exc:
             raise self._refused(exc) from exc
 
@@ -150,13 +151,15 @@ class Connection:
         self._request_ids[call] = request_id
         return call
 
-    def answers(self, call: Iterator[T], timeout: float | None) -> Iterator[T]:
+    def answers(self, call: Any, timeout: float | None) -> Iterator[Any]:
         """The answers of a `ConvolveStream` call that was started with `timeout`."""
         try:
             yield from call
         except grpc.RpcError as exc:
-            request_id = self._request_ids.get(call)
-            raise error_of(exc, self.target, "ConvolveStream", timeout, request_id) from exc
+            request_id, here = self._request_ids.get(call), self._closed or call.cancelled()
+            raise error_of(
+                exc, self.target, "ConvolveStream", timeout, request_id, cancelled_here=here
+            ) from exc
 
     def _refused(self, exc: ValueError) -> ValueError:
         """What to raise where gRPC makes no call: another thread may have closed the client meanwhile."""

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
-from convservice.errors import ConvServiceError, Reason, from_status
+from convservice.errors import ConvServiceError, Reason, ServiceUnavailable, from_status
 
 SERVICE = "convservice.v1.ConvService"
 """The service's full name."""
@@ -31,8 +31,13 @@ def error_of(
     method: str,
     timeout: float | None = None,
     request_id: str | None = None,
+    *,
+    cancelled_here: bool = False,
 ) -> ConvServiceError:
     """The error that gRPC's stands for, with what the server said in its trailing metadata.
+
+    A call that is cancelled though this side did not do it has reached a server in the moment in which it
+    stops, or has been given up there: it is as unavailable as one that has stopped.
 
     Args:
         exc: what gRPC raised.
@@ -40,8 +45,12 @@ def error_of(
         method: the RPC's name.
         timeout: seconds that the call had; None for no limit.
         request_id: the id that the call was sent with.
+        cancelled_here: whether this side has cancelled the call or closed its channel.
     """
-    error = _error_of(exc, target, method, timeout)
+    if exc.code() is grpc.StatusCode.CANCELLED and not cancelled_here:
+        error = _ended_there(exc, target, method)
+    else:
+        error = _error_of(exc, target, method, timeout)
     error.request_id = error.request_id or request_id
     return error
 
@@ -65,6 +74,15 @@ def _error_of(exc: grpc.RpcError, target: str, method: str, timeout: float | Non
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and timeout is not None:
         error.metadata["timeout_s"] = f"{round(timeout, 3):g}"
     return error
+
+
+def _ended_there(exc: grpc.RpcError, target: str, method: str) -> ConvServiceError:
+    return ServiceUnavailable(
+        f"the server at {target} ended the call before it was done: {exc.details() or 'CANCELLED'}",
+        reason=Reason.UNREACHABLE,
+        target=target,
+        method=method,
+    )
 
 
 def _rich_status(exc: grpc.RpcError) -> status_pb2.Status | None:

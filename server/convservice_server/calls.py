@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from convservice.errors import Cancelled, DeadlineExceeded, Reason
+from convservice.errors import Cancelled, ConvServiceError, DeadlineExceeded, Reason
 from convservice_server.records import CallRecord
 
 Clock = Callable[[], float]
@@ -54,11 +54,18 @@ class Call:
         self.wait_until: float | None = None
         self._deadline = deadline
         self._clock = clock
+        self._why: ConvServiceError | None = None  # set before the next, and then no more
         self._given_up = threading.Event()
 
-    def give_up(self) -> None:
-        """Says, from any thread, that the caller cancelled, disconnected or ran out of time."""
-        self._given_up.set()
+    def give_up(self, error: ConvServiceError | None = None) -> None:
+        """Says, from any thread, that the call is to end; the first word counts.
+
+        Args:
+            error: why; None where the caller cancelled, disconnected or ran out of time.
+        """
+        if not self._given_up.is_set():
+            self._why = error
+            self._given_up.set()
 
     def check(self) -> None:
         """Returns while the answer is wanted.
@@ -66,8 +73,9 @@ class Call:
         Raises:
             DeadlineExceeded: the caller's deadline has passed.
             Cancelled: the caller gave the call up, or is gone.
+            ConvServiceError: what the call was given up with.
         """
         if self._deadline is not None and self._clock() >= self._deadline:
             raise DeadlineExceeded("the call's deadline has passed", reason=Reason.DEADLINE)
         if self._given_up.is_set():
-            raise Cancelled("the caller gave the call up", reason=Reason.CANCELLED)
+            raise self._why or Cancelled("the caller gave the call up", reason=Reason.CANCELLED)

@@ -21,6 +21,7 @@ from convservice.v1 import conv_pb2 as pb
 from convservice.v1 import conv_pb2_grpc
 from convservice_server.calls import Call
 from convservice_server.config import ServerConfig
+from convservice_server.faults import draining
 from convservice_server.guard import Door
 from convservice_server.holdings import Holdings
 from convservice_server.inbox import Inbox
@@ -91,11 +92,11 @@ class Host:
                 self._changed.notify_all()
 
     def give_up(self) -> None:
-        """Gives every call up that still runs."""
+        """Gives every call up that still runs, because the server stops."""
         with self._changed:
             calls = list(self._calls)
         for call in calls:
-            call.give_up()
+            call.give_up(draining())
 
     def drain(self) -> None:
         """Ends streams as soon as no tensor is open in them."""

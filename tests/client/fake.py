@@ -278,7 +278,7 @@ def hang(
     yield from ()
 
 
-def serve_then_break(tensors: int) -> Script:
+def serve_then_break(tensors: int, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> Script:
     """A script that serves so many tensors, or takes the first message, and then breaks the connection."""
 
     def script(
@@ -288,7 +288,7 @@ def serve_then_break(tensors: int) -> Script:
             yield from fake.serve(requests, tensors)
         else:
             next(requests)
-        context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+        context.abort(code, "the connection broke")
 
     return script
 

@@ -197,7 +197,8 @@ def test_what_was_not_delivered_is_sent_again(fake: FakeService, client: AsyncCo
             yield x
 
     async def work() -> None:
-        fake.scripts.extend([serve_then_break(4), serve_then_break(0), serve_then_break(3)])
+        cancelled = grpc.StatusCode.CANCELLED
+        fake.scripts.extend([serve_then_break(4), serve_then_break(0, cancelled), serve_then_break(3)])
         results = [int(result.flat[0]) async for result in client.map(relu(), source())]
         assert results == list(range(20))
         fake.scripts.extend([serve_then_break(0)] * 9)

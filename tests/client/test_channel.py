@@ -39,7 +39,7 @@ from convservice.v1.conv_pb2_grpc import add_ConvServiceServicer_to_server
 from tests.client.fake import FakeServer, FakeService, Refused, hang, relu
 
 CLASSES = {
-    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.CANCELLED: ServiceUnavailable,
     grpc.StatusCode.UNKNOWN: InternalError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -71,13 +71,21 @@ def test_every_status_code_is_an_error_of_the_service(code: grpc.StatusCode) -> 
     [
         (grpc.StatusCode.UNAVAILABLE, Reason.UNREACHABLE, "the server at host:1 cannot be reached.*: why"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE, r"not done within .* time limit of 2\.5 s: why"),
-        (grpc.StatusCode.CANCELLED, Reason.CANCELLED, "why"),
+        (grpc.StatusCode.CANCELLED, Reason.UNREACHABLE, "the server at host:1 ended the call.*: why"),
     ],
 )
 def test_an_error_of_grpcs_own_has_a_reason(code: grpc.StatusCode, reason: Reason, message: str) -> None:
     error = error_of(Refused(code, "why"), "host:1", "Convolve", 2.5)
     assert error.reason == reason
     assert re.fullmatch(message, error.message)
+
+
+def test_a_call_is_cancelled_only_by_its_own_side() -> None:
+    given_up = error_of(Refused(grpc.StatusCode.CANCELLED, "why"), "host:1", "Convolve", cancelled_here=True)
+    assert (type(given_up), given_up.reason, given_up.message) == (Cancelled, Reason.CANCELLED, "why")
+    status = to_status(Cancelled("you gave up", reason=Reason.CANCELLED)).SerializeToString()
+    refused = Refused(grpc.StatusCode.CANCELLED, "you gave up", (("grpc-status-details-bin", status),))
+    assert type(error_of(refused, "host:1", "Convolve")) is ServiceUnavailable
 
 
 def test_a_deadline_names_the_limit_where_it_is_known() -> None:
@@ -145,7 +153,7 @@ def test_another_service_is_named(fake_server: FakeServer) -> None:
 def test_unary_calls_are_retried_when_the_server_is_unavailable(
     fake: FakeService, client: ConvClient
 ) -> None:
-    fake.fail("Convolve", ServiceUnavailable("busy"), ServiceUnavailable("busy"))
+    fake.fail("Convolve", ServiceUnavailable("busy"), Cancelled("stopping"))
     x = np.full((1, 1, 128 * 1023), -1, "float32")  # the largest request: more than gRPC's own retry buffer
     assert not client.run(relu(), x).any()
     assert fake.count("Convolve") == 3
@@ -243,6 +251,17 @@ def test_tls_with_a_given_authority(tmp_path: Path) -> None:
                 assert client.info().version == "1.2"
     finally:
         server.stop(None).wait()
+
+
+def test_closing_the_client_ends_what_runs(fake: FakeService, client: ConvClient) -> None:
+    fake.scripts.append(hang)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.run, relu(), np.zeros((3, 400, 500), "float32"))
+        assert fake.streaming.wait(30)
+        client.close()
+        with pytest.raises(Cancelled):
+            running.result(30)
+    assert fake.streams == 1
 
 
 def test_a_closed_client_says_so(client: ConvClient) -> None:

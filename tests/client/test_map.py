@@ -174,7 +174,8 @@ def test_a_tensor_that_fails_comes_in_its_turn_and_ends_the_results(
 
 
 def test_what_was_not_delivered_is_sent_again(fake: FakeService, client: ConvClient) -> None:
-    fake.scripts.extend([serve_then_break(4), serve_then_break(0), serve_then_break(3)])
+    cancelled = grpc.StatusCode.CANCELLED
+    fake.scripts.extend([serve_then_break(4), serve_then_break(0, cancelled), serve_then_break(3)])
     results = list(client.map(relu(), arrays(20)))
     assert [int(result.flat[0]) for result in results] == list(range(20))
     assert fake.streams == 4
@@ -246,6 +247,9 @@ class DeadCall:
 
     def cancel(self) -> None:
         pass
+
+    def cancelled(self) -> bool:
+        return False
 
     def __iter__(self) -> Iterator[Any]:
         raise Refused(grpc.StatusCode.UNAVAILABLE, "the server is away")

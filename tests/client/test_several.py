@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from convservice import (
+    Cancelled,
     Conv,
     ConvClient,
     DeadlineExceeded,
@@ -90,6 +92,19 @@ def test_a_call_goes_elsewhere_at_once_when_a_server_is_away(
         assert np.array_equal(client.run(relu(), LARGE_X), np.maximum(LARGE_X, 0))
     client.register(LARGE)
     assert LARGE.name in client.networks()
+
+
+@pytest.mark.parametrize("method", ["Convolve", "RegisterNetwork", "PutWeights"])
+def test_a_call_that_comes_as_a_server_stops_goes_elsewhere(
+    servers: list[FakeServer], client: Blocking, method: str
+) -> None:
+    """gRPC's server ends with CANCELLED what reaches it between its stop and the client's word of that."""
+    for service in services(servers)[:2]:
+        service.fail(method, Cancelled("CANCELLED"))
+    for _ in servers:
+        client.register(LARGE)
+        assert np.array_equal(client.run(relu(), X), np.maximum(X, 0))
+    assert not any(service.failures[method] for service in services(servers)[:2])
 
 
 def test_an_error_names_the_server_that_gave_it(servers: list[FakeServer], client: Blocking) -> None:
@@ -284,10 +299,13 @@ def test_map_goes_on_without_a_server_that_is_away(servers: list[FakeServer], cl
     assert marks(client.map(relu(), arrays(60))) == list(range(60))
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
 @pytest.mark.parametrize("served", [0, 1, 7])
-def test_map_survives_lost_connections(servers: list[FakeServer], client: Blocking, served: int) -> None:
+def test_map_survives_lost_connections(
+    servers: list[FakeServer], client: Blocking, served: int, code: grpc.StatusCode
+) -> None:
     for service in services(servers)[:2]:
-        service.scripts.extend([serve_then_break(served), serve_then_break(0)])
+        service.scripts.extend([serve_then_break(served, code), serve_then_break(0, code)])
     assert marks(client.map(relu(), arrays(100))) == list(range(100))
 
 

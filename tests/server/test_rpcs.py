@@ -303,7 +303,7 @@ def test_an_idle_stream_does_not_hold_the_server_up() -> None:
         assert error_of(caught.value).reason == Reason.DRAINING
 
 
-def test_what_is_not_done_within_the_grace_time_is_cancelled() -> None:
+def test_what_is_not_done_within_the_grace_time_is_ended() -> None:
     with running() as served:
         served.backend.gate.clear()
         requests = Requests(tensor_messages(served.register(pointwise()), X))

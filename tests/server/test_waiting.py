@@ -22,6 +22,7 @@ from convservice.errors import (
     ServiceUnavailable,
 )
 from convservice_server.calls import Call, WaitEnded
+from convservice_server.faults import draining
 from convservice_server.holdings import Holdings
 from convservice_server.inbox import Inbox
 from convservice_server.lanes import Lane
@@ -151,6 +152,15 @@ def test_a_call_that_was_given_up_says_so_first() -> None:
         source.release.set()
         with pytest.raises(Cancelled, match="gave the call up"):
             next(messages)
+
+
+def test_a_call_that_the_server_gives_up_says_why() -> None:
+    call = Call()
+    call.give_up(draining())
+    call.give_up()  # which gRPC says of every call that ends
+    with pytest.raises(ServiceUnavailable) as caught:
+        call.check()
+    assert caught.value.reason == Reason.DRAINING
 
 
 def test_the_reader_ends_when_the_inbox_is_closed() -> None:
