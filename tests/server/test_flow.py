@@ -86,7 +86,7 @@ def tensor_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 def test_a_client_that_never_reads(caplog: pytest.LogCaptureFixture) -> None:
     """The server stops reading, serves others, and ends the call after the idle time."""
     caplog.set_level(logging.INFO)
-    with running(idle_timeout=1.0) as served:
+    with running(idle_timeout=3.0) as served:
         stream = served.stub.ConvolveStream(endless(served.register(pointwise()), 4096), timeout=WAIT)
         served.backend.wait_for_block()
         served.is_serving_others()
@@ -102,7 +102,7 @@ def test_a_client_that_never_reads(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_an_output_64_times_the_input_that_nobody_reads(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    with running(idle_timeout=1.0) as served:
+    with running(idle_timeout=3.0) as served:
         stream = served.stub.ConvolveStream(endless(served.register(pointwise(outputs=64)), 8), timeout=WAIT)
         served.backend.wait_for_block()
         served.is_serving_others()

@@ -304,6 +304,14 @@ def test_an_observer_that_fails_harms_nobody_and_is_logged_once(caplog: pytest.L
     ) == 1
 
 
+def ended(connection: socket.socket) -> bool:
+    """Waits until the other side has ended a connection on which it sends nothing."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
 def test_who_holds_connections_shuts_nobody_out_and_holds_up_no_stop() -> None:
     port = MetricsPort("127.0.0.1:0", CollectorRegistry())
     held: list[socket.socket] = []
@@ -312,10 +320,9 @@ def test_who_holds_connections_shuts_nobody_out_and_holds_up_no_stop() -> None:
             held.append(socket.create_connection(("127.0.0.1", port.port), WAIT))
             held[-1].sendall(b"GET /metrics HTTP/1.1\r\n")  # and never the rest
             assert fetch(port.port)[0] == 200
-        assert held[0].recv(1) == b"", "the one that has been there longest is gone"
+        assert ended(held[0]), "the one that has been there longest is gone"
         port.stop()
-        for connection in held:
-            assert connection.recv(1) == b""
+        assert all(map(ended, held))
     finally:
         port.stop()
         for connection in held:
@@ -336,7 +343,7 @@ def test_a_page_that_cannot_be_made_is_logged_once(caplog: pytest.LogCaptureFixt
     port = MetricsPort("127.0.0.1:0", registry)
     try:
         for _ in range(3):
-            with pytest.raises(http.client.RemoteDisconnected):
+            with pytest.raises(ConnectionError):
                 fetch(port.port)
         assert fetch(port.port, "/elsewhere")[0] == 404
     finally:

@@ -209,7 +209,7 @@ def test_streams_are_capped_and_others_keep_their_workers() -> None:
 
 
 def test_a_silent_peer_is_ended_wherever_it_is_silent() -> None:
-    with running(idle_timeout=0.5, max_streams=1, max_uploads=1, unary_workers=1) as served:
+    with running(idle_timeout=1.0, max_streams=1, max_uploads=1, unary_workers=1) as served:
         name = served.register(pointwise())
         (header, *_) = tensor_messages(name, X)
         for silent in (Requests(), Requests([header])):

@@ -205,7 +205,7 @@ def test_the_watchdog_ends_what_takes_too_long() -> None:
 def test_the_watchdog_leaves_what_is_done_in_time() -> None:
     fired: list[Any] = []
     late = threading.Event()
-    with Watchdog(0.01) as watchdog:
+    with Watchdog(0.5) as watchdog:
         with watchdog.watch(lambda: fired.append(None)):
             pass
         with watchdog.watch(late.set):
