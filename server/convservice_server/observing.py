@@ -53,6 +53,10 @@ class Calls:
         except GeneratorExit:
             record.fail(Cancelled("the caller gave the call up", reason=Reason.CANCELLED))
             raise
+        except grpc.RpcError:  # gRPC's word for a call that ended while its request was awaited
+            record.fail(Cancelled("the call ended before its request came", reason=Reason.CANCELLED))
+            record.peer = context.peer()
+            raise
         except Exception as exc:
             record.fail(exc.error if isinstance(exc, CallFailed) else as_error(exc))
             record.peer = context.peer()

@@ -136,7 +136,7 @@ def memory_taken(
     device; and its plan."""
     ready = prepared(backend, network)
     plan = ready.plan(spec_of(x, rows), out_dtype)
-    ready.open(plan, nothing_wrong).close()  # a first session may put weights in place: no session's own memory
+    ready.open(plan, nothing_wrong).close()  # the first may put weights in place: not a session's memory
     device_peak(backend)
     tracemalloc.start()
     try:

@@ -169,6 +169,16 @@ def test_lines_about_failed_calls_come_no_faster_than_can_be_read(caplog: pytest
     assert [line.get("lines_left_out") for line in fail(4)] == [4, None, None]
 
 
+def test_a_call_that_ends_before_its_request_is_no_incident(caplog: pytest.LogCaptureFixture) -> None:
+    requests: Any = Requests()
+    with running(idle_timeout=0.5) as found:
+        with pytest.raises(grpc.RpcError):
+            list(raw(found.channel, "GetServerInfo")(requests, timeout=WAIT))
+        requests.end()
+    assert [(line["call"], line["status"]) for line in lines(caplog)] == [("GetServerInfo", "CANCELLED")]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_lines_about_failed_tensors_are_bounded_with_them(caplog: pytest.LogCaptureFixture) -> None:
     told = Lines(Budget(3, 2.0, lambda: 0.0))
     error = InvalidRequest("no", reason=Reason.FRAMING)
