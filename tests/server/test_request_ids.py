@@ -175,7 +175,10 @@ def test_a_call_that_ends_before_its_request_is_no_incident(caplog: pytest.LogCa
         with pytest.raises(grpc.RpcError):
             list(raw(found.channel, "GetServerInfo")(requests, timeout=WAIT))
         requests.end()
-    assert [(line["call"], line["status"]) for line in lines(caplog)] == [("GetServerInfo", "CANCELLED")]
+    (line,) = lines(caplog)
+    assert line["status"] in {"CANCELLED", "INVALID_ARGUMENT"}, (
+        "gRPC says that it was cancelled, or just its end"
+    )
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
