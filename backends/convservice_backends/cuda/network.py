@@ -8,6 +8,7 @@ there yet, and takes streams.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from convservice.network import Network
 from convservice.wire.enums import Precision
 from convservice_backends.cuda.elementwise import DeviceArrays
 from convservice_backends.cuda.lanes import SLOTS, Lane, locked_bytes, slot_bytes
+from convservice_backends.cuda.memory import UPLOAD_BYTES
 from convservice_backends.cuda.operators import DeviceOperator, operator_for, placed
 from convservice_backends.cuda.session import DeviceSession, Way
 from convservice_backends.cuda.workspace import DeviceWorkspace
@@ -159,7 +161,11 @@ class CudaNetwork:
         on_device += ALLOCATION_BYTES * (2 * SLOTS + 4 * len(operators) + 1)
         kept = {field.name: getattr(plan, field.name) for field in fields(NetworkPlan)}
         locked = SLOTS * (locked_bytes(in_bytes) + locked_bytes(out_bytes))
-        kept |= {"peak_bytes": spec.band_bytes + ways * locked, "device_bytes": on_device}
+        # Whichever session is the first with its weights on a device sends them up.
+        tensors = self._network.tensors
+        largest = max((math.prod(one.shape) * one.dtype.accumulator.itemsize for one in tensors), default=0)
+        staging = min(UPLOAD_BYTES, largest)
+        kept |= {"peak_bytes": spec.band_bytes + ways * locked + staging, "device_bytes": on_device}
         return DevicePlan(
             **kept,
             operators=operators,

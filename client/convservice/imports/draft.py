@@ -59,7 +59,17 @@ class Affine:
         epsilon: float,
         dtype: np.dtype[Any],
     ) -> Affine:
-        """Batch normalization with the statistics that training left."""
+        """Batch normalization with the statistics that training left.
+
+        Raises:
+            InvalidRequest: a variance with epsilon is not above 0.
+        """
+        if not (variance + epsilon > 0).all():
+            raise InvalidRequest(
+                f"a variance and epsilon, {epsilon}, are together not above 0",
+                reason=Reason.INVALID_PARAMETER,
+                field="variance",
+            )
         scale = gamma / np.sqrt(variance + epsilon)
         return cls(scale, beta - mean * scale, dtype)
 
