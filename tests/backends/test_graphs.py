@@ -109,16 +109,17 @@ def test_branches_of_any_delay_meet(
 @settings(max_examples=settings().max_examples // 4)
 @given(graphs(), st.sampled_from([3, 40]))
 def test_branches_flow_in_rows_of_which_few_are_held(backend: Backend, network: Network, rows: int) -> None:
-    """A session that held a row too few would fail; what it holds does not depend on the height."""
+    """A session that held a row too few would fail; what it holds does not depend on the height, but for the
+    few rows that a transposed layer keeps back while the end, which may cut them off, is not known."""
     width = 20_000
     x = np.broadcast_to(np.float32(1), (1, 2, 36, width))
     ready = prepared(backend, network)
-    plans = [
+    tall, taller, unknown = (
         ready.plan(TensorSpec(FLOAT32, SampleShape(2, height, (width,)), 1, rows)).peak_bytes
         for height in (100_000, 1_000_000, None)
-    ]
-    assert len(set(plans)) == 1
-    assert ready.plan(spec_of(x, rows)).peak_bytes <= plans[0]
+    )
+    assert tall == taller <= unknown < 2 * tall
+    assert ready.plan(spec_of(x, rows)).peak_bytes <= tall
     found = run(ready, x, rows)
     assert all(array.shape == x.shape for array in found.values())
 
