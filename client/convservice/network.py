@@ -148,8 +148,6 @@ class Network:
             try:
                 found[node.id] = node.layer.joined_sample([found[source] for source in node.inputs])
             except InvalidRequest as exc:
-                if len(self.nodes) == 1:
-                    raise
                 where = label(position, node)
                 if len(node.inputs) > 1:
                     where += f" of {', '.join(map(repr, node.inputs))}"

@@ -301,6 +301,54 @@ def test_residual_blocks(backend: Backend, tmp_path: Path, rng: np.random.Genera
     ]
 
 
+def gelu(graph: Graph, order: str, root: float = 2**0.5) -> None:
+    """GELU as the exporters write it out where the opset has none."""
+    before = graph.end
+    half, one = graph.constant(np.array(0.5, graph.dtype)), graph.constant(np.array([1.0], graph.dtype))
+    if "product" in order:
+        graph.add("Mul", graph.constant(np.array(1 / root, graph.dtype)))
+    else:
+        graph.add("Div", graph.constant(np.array(root, graph.dtype)))
+    graph.add("Erf")
+    graph.add("Add", one)
+    if "gate first" in order:
+        graph.add("Mul", half)
+        graph.add("Mul", before)
+    else:
+        graph.add("Mul", before)
+        graph.add("Mul", half)
+
+
+@pytest.mark.parametrize("order", ["gate first", "half last", "product, gate first", "product, half last"])
+def test_gelu_written_out(backend: Backend, tmp_path: Path, rng: np.random.Generator, order: str) -> None:
+    graph = Graph(rng, (2, 6, 5), "float32")  # the evaluator's Erf is of float32 whatever it is given
+    gelu(graph, order)
+    graph.add("Conv", graph.random(3, 2, 3, 3))
+    gelu(graph, order)
+    graph.add("Conv", graph.random(2, 3, 1, 1))
+    network = check(backend, graph, tmp_path)
+    found = [(node.layer.type_name, getattr(node.layer, "activation", None)) for node in network.nodes]
+    assert found == [("Activation", None), ("Conv", Activation("gelu")), ("Conv", Activation())]
+
+
+def test_what_is_nearly_gelu_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    graph = Graph(rng, (2, 6, 5))
+    gelu(graph, "gate first", root=1.5)
+    with pytest.raises(InvalidRequest, match=r"node 4 \(Mul.*x with 1 \+ Erf\(x / sqrt 2\), GELU, are known"):
+        convservice.load_onnx(graph.save(tmp_path))
+    graph = Graph(rng, (2, 6, 5))
+    graph.add("Erf")
+    with pytest.raises(InvalidRequest, match=r"node 0 \(Erf.*the error function is known within GELU"):
+        convservice.load_onnx(graph.save(tmp_path))
+
+
+def test_a_convolution_divided(backend: Backend, tmp_path: Path, rng: np.random.Generator) -> None:
+    graph = Graph(rng, (2, 6, 5))
+    graph.add("Conv", graph.random(3, 2, 3, 3), graph.random(3))
+    graph.add("Div", graph.random(3, 1, 1, low=0.5))
+    assert len(check(backend, graph, tmp_path).nodes) == 1
+
+
 def test_what_other_nodes_read_is_not_changed(
     backend: Backend, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -413,6 +461,13 @@ def test_inputs_that_no_layer_takes_are_named(tmp_path: Path, rng: np.random.Gen
     graph = Graph(rng, (2, 6, 6))
     graph.add("Mul", graph.add("Tanh"), first="x")
     refused(graph, "it multiplies two feature maps")
+    graph = Graph(rng, (2, 6, 6))
+    graph.add("Div", graph.add("Tanh"), first=graph.constant(np.array(1.0)))
+    refused(graph, r"node 1 \(Div.*it divides by a feature map")
+    graph = Graph(rng, (2, 6, 6))
+    graph.add("Conv", graph.random(2, 2, 1, 1))
+    graph.add("Div", graph.constant(np.array(0.0)))
+    refused(graph, "its divisor has a 0")
     graph = Graph(rng, (2, 6, 6))
     graph.add("Add", graph.random(2, 6, 6))
     refused(graph, r"its constant has shape \(2, 6, 6\): one number for each channel is known")

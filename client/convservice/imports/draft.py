@@ -2,8 +2,9 @@
 
 A reader adds steps: layers, and *affine* steps, which scale and shift every channel (batch normalization, a
 bias added on its own) and are no layers here. `Draft.network` folds an affine step into the layer that it
-follows, in float64 and rounded once, or makes it a depthwise convolution of kernel 1; then it fuses
-activations into the layers that they follow, and leaves out what no output needs.
+follows, in float64 and rounded once, leaves it out where it changes nothing, or makes it a depthwise
+convolution of kernel 1; then it fuses activations into the layers that they follow, and leaves out what no
+output needs.
 """
 
 from __future__ import annotations
@@ -73,6 +74,19 @@ class Affine:
         scale = gamma / np.sqrt(variance + epsilon)
         return cls(scale, beta - mean * scale, dtype)
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether y = x."""
+        return bool((self.scale == 1).all() and (self.shift == 0).all())
+
+
+@dataclass(frozen=True)
+class Erf:
+    """The error function of every number: part of a GELU that is written out, and no layer on its own."""
+
+
+What = Layer | Affine | Erf
+
 
 @dataclass(frozen=True)
 class Step:
@@ -86,7 +100,7 @@ class Step:
     """
 
     id: str
-    what: Layer | Affine
+    what: What
     inputs: tuple[str, ...]
     where: str
 
@@ -110,7 +124,7 @@ class Draft:
         """The step of that id; None for the input."""
         return next((step for step in self._steps if step.id == step_id), None)
 
-    def add(self, name: str, what: Layer | Affine, inputs: Sequence[str], where: str) -> str:
+    def add(self, name: str, what: What, inputs: Sequence[str], where: str) -> str:
         """Adds a step, named as closely to `name` as ids may be; hands back its id."""
         step_id = unique_id(name, self._ranks)
         self._steps.append(Step(step_id, what, tuple(inputs), where))
@@ -123,11 +137,12 @@ class Draft:
         """The network, with these outputs: name to step.
 
         Raises:
-            InvalidRequest: `UNKNOWN_LAYER` for an affine step that no layer can take on; what `Network`
-                raises.
+            InvalidRequest: `UNKNOWN_LAYER` for an affine step that no layer can take on, and for an error
+                function outside a GELU; what `Network` raises.
         """
         steps = self._needed(self._steps, outputs)
         steps, names = _joined(steps, dict(outputs), _folded)
+        steps, names = _without_identities(steps, names)
         steps = [self._as_layer(step) for step in steps]
         steps, names = _joined(steps, names, _fused)
         nodes = [Node(step.id, step.what, step.inputs) for step in steps if isinstance(step.what, Layer)]
@@ -146,6 +161,11 @@ class Draft:
         """An affine step that was not folded as a depthwise convolution."""
         if isinstance(step.what, Layer):
             return step
+        if isinstance(step.what, Erf):
+            raise InvalidRequest(
+                f"{step.where}: the error function is known within GELU, x (1 + erf(x / sqrt 2)) / 2, alone",
+                reason=Reason.UNKNOWN_LAYER,
+            )
         affine, rank = step.what, self._ranks[step.id]
         channels = max(len(affine.scale), len(affine.shift))
         if not rank or channels < 2:
@@ -198,7 +218,21 @@ def _joined(steps: Sequence[Step], outputs: dict[str, str], join: Any) -> tuple[
     return list(found.values()), {name: instead.get(target, target) for name, target in outputs.items()}
 
 
-def _folded(before: Layer | Affine, after: Layer | Affine) -> Layer | Affine | None:
+def _without_identities(
+    steps: Sequence[Step], outputs: Mapping[str, str]
+) -> tuple[list[Step], dict[str, str]]:
+    """The steps without those that change nothing; one that follows the input stays."""
+    kept, instead = list[Step](), dict[str, str]()
+    for step in steps:
+        step = replace(step, inputs=tuple(instead.get(source, source) for source in step.inputs))
+        if isinstance(step.what, Affine) and step.what.changes_nothing and step.inputs[0] != INPUT:
+            instead[step.id] = step.inputs[0]
+        else:
+            kept.append(step)
+    return kept, {name: instead.get(target, target) for name, target in outputs.items()}
+
+
+def _folded(before: What, after: What) -> Layer | Affine | None:
     """A layer and the affine step after it as one."""
     if not isinstance(after, Affine):
         return None
@@ -223,7 +257,7 @@ def _folded(before: Layer | Affine, after: Layer | Affine) -> Layer | Affine | N
     return _with(before, weight=Tensor.of(weight.astype(own)), bias=Tensor.of(bias.astype(own)))
 
 
-def _fused(before: Layer | Affine, after: Layer | Affine) -> Layer | None:
+def _fused(before: What, after: What) -> Layer | None:
     """A layer and the activation after it as one."""
     if not isinstance(after, Activation) or not isinstance(before, Weighted | Add):
         return None

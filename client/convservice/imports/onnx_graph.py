@@ -31,8 +31,9 @@ def load_onnx(path: str | os.PathLike[str]) -> Network:
 
     Its layers compute what the file's nodes do, for any batch: Conv, ConvTranspose, MaxPool, AveragePool,
     GlobalMaxPool, GlobalAveragePool, ReduceMax and ReduceMean over all spatial axes, Relu, LeakyRelu,
-    Sigmoid, Tanh, Gelu, Mul of x and Sigmoid(x) (SiLU), BatchNormalization, Add, Sum, Flatten, Reshape and
-    Squeeze to vectors, Gemm, MatMul, Identity and Dropout; constants from initializers and Constant nodes.
+    Sigmoid, Tanh, Gelu, Mul of x and Sigmoid(x) (SiLU) or 1 + Erf(x / sqrt 2) (GELU), BatchNormalization,
+    Add, Sum, Mul and Div by a constant, Flatten, Reshape and Squeeze to vectors, Gemm, MatMul, Identity and
+    Dropout; constants from initializers and Constant nodes.
     The graph has one input; its outputs keep their names, other characters than a name may have as `_`.
     Batch normalization is folded into the convolution before it, in float64 and rounded once.
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convservice.imports.draft import Affine, Draft
+from convservice.dtypes import dtype_of
+from convservice.imports.draft import Affine, Draft, Erf
 from convservice.imports.onnx_node import OnnxNode, Unsupported
 from convservice.layers import (
     Activation,
@@ -215,7 +216,46 @@ def _mul(node: OnnxNode, draft: Draft) -> str:
         step = draft.step(gate)
         if step is not None and step.what == Activation("sigmoid") and step.inputs == (source,):
             return draft.add(node.name, Activation("silu"), [source], node.where)
-    raise Unsupported("it multiplies two feature maps, and only x with Sigmoid(x), SiLU, is known")
+        if (factor := _gelu_factor(draft, gate, source)) is not None:
+            activated = draft.add(node.name, Activation("gelu"), [source], node.where)
+            return draft.add(f"{node.name}.scale", factor, [activated], node.where)
+    raise Unsupported(
+        "it multiplies two feature maps, and only x with Sigmoid(x), SiLU, and x with"
+        " 1 + Erf(x / sqrt 2), GELU, are known"
+    )
+
+
+def _gelu_factor(draft: Draft, gate: str, source: str) -> Affine | None:
+    """f where `gate` is f (1 + erf(x / sqrt 2)) / 2 and x is `source`, so that x * gate is f * GELU(x)."""
+    scale, shift = 1.0, 0.0
+    step = draft.step(gate)
+    while step is not None and isinstance(step.what, Affine):
+        if step.what.scale.size > 1 or step.what.shift.size > 1:
+            return None
+        shift += scale * step.what.shift.item()
+        scale *= step.what.scale.item()
+        step = draft.step(step.inputs[0])
+    if step is None or not isinstance(step.what, Erf) or scale != shift:
+        return None
+    inner = draft.step(step.inputs[0])
+    if inner is None or not isinstance(inner.what, Affine) or inner.inputs != (source,):
+        return None
+    affine, rounding = inner.what, 4 * dtype_of(inner.what.dtype).roundoff
+    if (np.abs(affine.scale * math.sqrt(2) - 1) > rounding).any() or affine.shift.any():
+        return None
+    return Affine.of(2 * scale, 0.0, affine.dtype)
+
+
+def _div(node: OnnxNode, draft: Draft) -> str:
+    if node.is_constant(0) or not node.is_constant(1):
+        raise Unsupported("it divides by a feature map; a constant divisor is known")
+    if not node.constant(1, "divisor").all():
+        raise Unsupported("its divisor has a 0")
+    return _with_constant(node, draft, [1], lambda number: (1 / number, np.zeros(1)))
+
+
+def _erf(node: OnnxNode, draft: Draft) -> str:
+    return draft.add(node.name, Erf(), [node.data(0)], node.where)
 
 
 def _with_constant(
@@ -250,7 +290,9 @@ READERS: dict[str, Reader] = {
     "BatchNormalization": _batch_norm,
     "Conv": _layer(_conv),
     "ConvTranspose": _layer(_conv_transpose),
+    "Div": _div,
     "Dropout": _identity,
+    "Erf": _erf,
     "Flatten": _layer(_flatten),
     "Gelu": _layer(_gelu),
     "Gemm": _layer(_gemm),
