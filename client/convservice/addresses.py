@@ -118,6 +118,11 @@ class Directory:
         self._reset()
 
     @property
+    def named(self) -> bool:
+        """Whether there are names to look up, which may lead to other servers later."""
+        return bool(self._names)
+
+    @property
     def known(self) -> bool:
         """Whether every name has been looked up."""
         return self._known.is_set()

@@ -71,8 +71,8 @@ class Calls:
         """The result of a flow, or its error, at each replica by its address; each has `timeout` seconds."""
         self.replicas.directory.wait(timeout)
         found: dict[str, T | ConvServiceError] = {}
-        for replica in self.replicas.current():
-            with self.replicas.use(replica):
+        with self.replicas.all() as replicas:
+            for replica in replicas:
                 try:
                     found[replica.target] = self.at(replica, make(replica), timeout)
                 except ConvServiceError as exc:

@@ -40,7 +40,7 @@ class Replica(Generic[C]):
         address: where it is.
         connection: to it.
         known: the networks that it is known to have.
-        lone: whether it was the client's only one when it was found; gRPC then sends again by itself.
+        lone: whether the client can never have another one; gRPC then sends again by itself.
         retired: whether its name no longer leads to it; nothing new is sent there.
     """
 
@@ -123,6 +123,23 @@ class Replicas(Generic[C]):
             return chosen
 
     @contextmanager
+    def all(self) -> Generator[tuple[Replica[C], ...]]:
+        """Every server there is, each with one more in flight while the context lasts: none is closed.
+
+        Raises:
+            InvalidRequest: the client is closed.
+        """
+        with self._lock:
+            replicas = self._updated()
+            for replica in replicas:
+                replica.in_flight += 1
+        try:
+            yield replicas
+        finally:
+            for replica in replicas:
+                self.done(replica)
+
+    @contextmanager
     def use(self, replica: Replica[C]) -> Generator[Replica[C]]:
         """Counts one more in flight at a replica while the context lasts."""
         with self._lock:
@@ -183,7 +200,7 @@ class Replicas(Generic[C]):
             raise closed_error(self.endpoint.target)
         addresses = self.directory.addresses()
         if addresses != self._addresses:
-            lone = len(addresses) == 1
+            lone = len(addresses) == 1 and not self.directory.named  # a name may lead elsewhere soon
             kept = {replica.address: replica for replica in self._current if replica.lone == lone}
             self._addresses = addresses
             before, self._current = (

@@ -218,7 +218,7 @@ def test_a_lone_name_is_grpcs_own(
     servers: list[FakeServer],
     connect: Connect,
 ) -> None:
-    """Where there is one server the channel has the name, and gRPC sends again by itself."""
+    """Where there is one server the channel has the name, which gRPC resolves by itself."""
     port = servers[0].port
     name = f"no-such-host.invalid:{port}"
     names.found = [servers[0].target]

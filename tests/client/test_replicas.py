@@ -69,12 +69,36 @@ def test_the_one_with_the_least_in_flight() -> None:
 
 
 def test_a_single_one_is_lone_and_always_chosen() -> None:
-    replicas = of("a:1")
+    replicas = of("10.0.0.1:1")
     (lone,) = replicas.current()
-    assert lone.connection == "a:1 lone=True"
+    assert lone.connection == "10.0.0.1:1 lone=True"
     for _ in range(9):
         replicas.failed(lone, AWAY)
         assert replicas.choose() is lone
+
+
+def test_the_only_one_behind_a_name_is_not_the_last_that_there_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two servers that are restarted one after another, one is known alone when it goes."""
+    replicas = of("a:1")
+    (only,) = replicas.current()
+    assert only.connection == "a:1 lone=False"
+    route = Route(replicas)
+    assert route.replica is only
+    monkeypatch.setattr(replicas.directory, "addresses", lambda: (Address("b:1"),))
+    assert route.failed(AWAY) == 0
+    assert route.replica.target == "b:1"
+
+
+def test_no_connection_is_closed_while_all_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas = of("a:1", "b:1")
+    with replicas.all() as everyone:
+        monkeypatch.setattr(replicas.directory, "addresses", lambda: (Address("b:1"), Address("c:1")))
+        assert {replica.target for replica in replicas.current()} == {"b:1", "c:1"}
+        assert [replica.in_flight for replica in everyone] == [1, 1]
+        assert replicas.discarded() == []
+    assert replicas.discarded() == ["a:1 lone=False"]
 
 
 def test_one_that_failed_is_left_alone_then_tried_with_one_call() -> None:
@@ -126,7 +150,7 @@ def test_a_route_stays_until_it_fails() -> None:
 
 
 def test_a_lone_one_is_asked_again_by_grpc_unless_patience_is_asked_for() -> None:
-    route = Route(of("a:1"))
+    route = Route(of("10.0.0.1:1"))
     assert route.failed(AWAY) is None
     assert [route.failed(AWAY, patient=True) for _ in range(4)] == [0.1, 0.4, 1.6, None]
 
