@@ -21,7 +21,7 @@ from convservice_backends.interface import Backend
 from tests.helpers import Array
 
 NETWORK = Network([Conv(np.arange(36, dtype="float32").reshape(4, 1, 3, 3) - 18, padding="same")])
-WAIT = 60.0
+WAIT = 240.0
 
 
 @pytest.fixture
@@ -68,6 +68,7 @@ def expected(number: int) -> Array:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+@pytest.mark.timeout(600)
 @pytest.mark.multiply_adds(10**9)
 def test_no_call_fails_and_every_result_is_right(
     servers: list[EmbeddedServer], client: ConvClient, how: signal.Signals
