@@ -32,9 +32,6 @@ _UNKNOWN = "?"
 MESSAGE_BYTES = 64 << 10
 """Largest message on the port for health alone."""
 
-CALLS = 100
-"""On one connection to it, at the same time; a watch is one for as long as it lasts."""
-
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -147,9 +144,7 @@ class HealthPort:
 
     def __init__(self, health: Health, workers: int, guard: grpc.ServerInterceptor) -> None:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="health-port")
-        self._grpc = grpc.server(
-            self._pool, interceptors=[guard], options=transport_options(MESSAGE_BYTES, CALLS)
-        )
+        self._grpc = grpc.server(self._pool, interceptors=[guard], options=transport_options(MESSAGE_BYTES))
         cast("Any", health_pb2_grpc).add_HealthServicer_to_server(health.servicer, self._grpc)
 
     def listen(self, address: str) -> int:

@@ -11,16 +11,9 @@ from convservice.errors import InvalidRequest, Reason, ServiceUnavailable
 from convservice_server.config import split_address
 
 
-def transport_options(message_bytes: int, calls: int) -> tuple[tuple[str, int], ...]:
-    """gRPC's options for a server that takes and sends messages of so many bytes.
-
-    Args:
-        message_bytes: the most that a message has.
-        calls: at the same time, on one connection. More wait at the client's side: here each would take its
-            stream's window of memory while it waits for a worker.
-    """
+def transport_options(message_bytes: int) -> tuple[tuple[str, int], ...]:
+    """gRPC's options for a server that takes and sends messages of so many bytes."""
     return (
-        ("grpc.max_concurrent_streams", calls),
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.so_reuseport", 0),  # so that a port which is taken is an error, not shared

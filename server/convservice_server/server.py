@@ -82,8 +82,7 @@ class Server:
         self._health_pool = ThreadPoolExecutor(few + 1, thread_name_prefix="health")
         pools = {health_protocol.SERVICE_NAME: self._health_pool}
         guard = Guard(self._arrivals, pools, door, open_services={health_protocol.SERVICE_NAME})
-        # As many as there are workers, those of health among them, and some for watches of health.
-        options = transport_options(config.max_message_bytes, config.pool_size + 2 * few + 8)
+        options = transport_options(config.max_message_bytes)
         observing = Observing(calls, {health_protocol.SERVICE_NAME})
         self._grpc = grpc.server(self._pool, interceptors=[observing, guard], options=options)
         self._health_only = (

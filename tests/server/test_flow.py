@@ -7,8 +7,6 @@ meanwhile, and when the client is gone nothing is left.
 from __future__ import annotations
 
 import logging
-import socket
-import struct
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -352,19 +350,3 @@ def test_a_stream_that_breaks_off_in_a_tensor_says_so(served: Running) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(served.stub.ConvolveStream(iter([header, payload]), timeout=WAIT))
     assert "the stream ended while tensor 0 was open" in error_of(caught.value).message
-
-
-def test_no_connection_brings_more_calls_than_there_are_workers_for() -> None:
-    """HTTP/2's own limit, read from the server's first frame: what is more waits at the client's side."""
-    with (
-        running(max_streams=3, max_uploads=2, unary_workers=4) as served,
-        socket.create_connection(("127.0.0.1", served.server.port), WAIT) as connection,
-        connection.makefile("rb") as received,
-    ):
-        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
-        length, kind = struct.unpack(">IB", b"\0" + received.read(4))
-        received.read(5)
-        settings = dict(struct.iter_unpack(">HI", received.read(length)))
-        assert kind == 4
-        workers = served.server.config.pool_size
-        assert workers < settings[3] < 3 * workers
