@@ -104,3 +104,7 @@ class Attempts(Generic[R]):
             return None
         self.tried = set(self._refused)
         return pause(self._rounds, error.retry_after)
+
+    def forgive(self, replica: R) -> None:
+        """What a replica once said of this work holds no more: it was away since, and may be another now."""
+        self._refused.discard(replica)

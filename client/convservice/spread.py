@@ -146,7 +146,7 @@ class Spread:
 
     def take(self, lane: Lane) -> Job | None:
         """The job that a lane is to write next; None while it is another's turn, or there is none."""
-        piece = next((piece for piece in self._waiting if lane not in piece.attempts.tried), None)
+        piece = next((piece for piece in self._waiting if self._may_take(lane, piece)), None)
         if piece is None or (self._failed_at is not None and piece.number > self._failed_at):
             return None
         rivals = [other for other in self.lanes if not other.paused and other not in piece.attempts.tried]
@@ -154,6 +154,12 @@ class Spread:
             return None
         self._waiting.remove(piece)
         return lane.write(piece)
+
+    def _may_take(self, lane: Lane, piece: Piece) -> bool:
+        """Whether a piece goes to this lane next: it failed there not yet in this round, or there is no lane
+        left where it did not, those being gone that it waited for."""
+        tried = piece.attempts.tried
+        return lane not in tried or tried.issuperset(self.lanes)
 
     def answer(self, lane: Lane, results: Collector) -> None:
         """The job that the lane expected is complete."""
@@ -175,6 +181,10 @@ class Spread:
         """
         lost = lane.restart()
         kind = again(error)
+        if kind is Again.LATER:  # a server that comes back may have lost its networks, and have room
+            for piece in self._pieces:
+                piece.supplied.discard(lane)
+                piece.attempts.forgive(lane)
         if not lost and kind is Again.NOTHING:
             raise error
         if not lost:  # nothing was to be done: a server need not wait for that

@@ -119,6 +119,32 @@ def test_what_every_server_refuses_is_refused(error: ConvServiceError) -> None:
     assert losses == (2 if error is FULL else 4), "once each, or once more where the network was sent first"
 
 
+def test_what_waits_for_a_lane_that_goes_returns_to_where_it_failed() -> None:
+    book, (first, second) = spread(1, 2)
+    assert book.take(first) is not None
+    book.lose(first, AWAY)
+    assert book.take(first) is None, "the other lane's turn"
+    book.close(second)
+    assert book.take(first) is not None
+
+
+def test_a_server_that_was_away_is_sent_the_network_again() -> None:
+    """It has refused the job for lack of the network, was started anew, and is the only one that works."""
+    missing = NetworkNotFound("no", reason=Reason.WEIGHTS_MISSING)
+    book, (first, second) = spread(1, 2)
+    for error in (missing, missing):  # sent, and yet not there: refused
+        assert book.take(first) is not None
+        book.lose(first, error)
+    assert book.take(first) is None
+    assert book.lose(first, AWAY) is None
+    assert book.take(second) is not None
+    book.lose(second, AWAY)  # ends the round
+    assert book.take(first) is not None
+    assert book.lose(first, missing) is None, "the network is sent once more"
+    assert book.take(first) is not None
+    answer(book, first)
+
+
 def test_rounds_are_bounded_when_nothing_gets_through() -> None:
     book, lanes = spread(1, 3)
     losses = 0
