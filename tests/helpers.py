@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from convservice.bands import Band, TensorSpec
 from convservice.dtypes import DTYPES, FLOAT32, FLOAT64, DType, dtype_of
-from convservice.errors import BackendUnavailable
 from convservice.geometry import SampleShape
 from convservice.layers import (
     Activation,
@@ -191,11 +190,8 @@ def _driven(session: Session, x: Array, rows: int | None) -> Iterator[tuple[int,
 
 
 def prepared(backend: Backend, network: Network, precision: Precision = Precision.HIGH) -> PreparedNetwork:
-    """A network on a backend; the test is skipped where the backend has no operator for one of its layers."""
-    try:
-        return backend.prepare(network, precision)
-    except BackendUnavailable as exc:
-        pytest.skip(exc.message)
+    """A network on a backend."""
+    return backend.prepare(network, precision)
 
 
 def compute(
@@ -406,14 +402,6 @@ def trunk_with_two_heads(rng: np.random.Generator, dtype: DType) -> Network:
         ],
         {"wide": "wide", "low": "low"},
     )
-
-
-def demand_layers(backend: Backend, network: Network) -> None:
-    """Skips a test on a backend that has no operator for some layer of a network."""
-    try:
-        backend.prepare(network, Precision.HIGH)
-    except BackendUnavailable as exc:
-        pytest.skip(exc.message)
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ from convservice import (
 )
 from convservice.dtypes import FLOAT32
 from convservice_backends.interface import Backend
-from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT, demand_layers, every_layer
+from tests.helpers import EXAMPLE_INPUT, EXAMPLE_MAP, EXAMPLE_WEIGHT, every_layer
 
 
 @pytest.fixture
@@ -162,9 +162,8 @@ def test_a_backend_that_is_not_there(client: ConvClient, rng: np.random.Generato
             client.conv2d(x, random(rng, 1, 1, 3, 3), backend="no-such")
 
 
-def test_every_layer_in_one_call(client: ConvClient, backend: Backend, rng: np.random.Generator) -> None:
+def test_every_layer_in_one_call(client: ConvClient, rng: np.random.Generator) -> None:
     network = every_layer(FLOAT32)
-    demand_layers(backend, network)
     x = random(rng, 3, 2, 8, 9)
     registered = client.register(network)
     found = registered(x)
@@ -192,7 +191,7 @@ def test_every_layer_in_one_call(client: ConvClient, backend: Backend, rng: np.r
 
 
 def test_a_whole_image_becomes_scores_while_its_height_is_unknown(
-    client: ConvClient, backend: Backend, rng: np.random.Generator
+    client: ConvClient, rng: np.random.Generator
 ) -> None:
     network = Network(
         [
@@ -204,7 +203,6 @@ def test_a_whole_image_becomes_scores_while_its_height_is_unknown(
             Linear(random(rng, 7, 4), random(rng, 7)),
         ]
     )
-    demand_layers(backend, network)
     x = random(rng, 3, 90, 9)
     whole = client.run(network, x)
     assert whole.shape == (7,)

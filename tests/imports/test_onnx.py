@@ -364,6 +364,15 @@ def test_what_other_nodes_read_is_not_changed(
     assert sum(isinstance(node.layer, Conv) for node in network.nodes) == 2, "the second is the normalization"
 
 
+def test_a_normalization_without_a_variance_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    graph = Graph(rng, (2, 6, 7))
+    graph.add("Conv", graph.random(3, 2, 1, 1))
+    variance = graph.constant(np.array([1, -1, 1], graph.dtype))
+    graph.add("BatchNormalization", *[graph.random(3) for _ in range(3)], variance, epsilon=1e-3)
+    with pytest.raises(InvalidRequest, match=r"BatchNormalization.*not above 0"):
+        convservice.load_onnx(graph.save(tmp_path))
+
+
 def test_several_outputs_keep_their_names(backend: Backend, tmp_path: Path, rng: np.random.Generator) -> None:
     graph = Graph(rng, (2, 6, 7))
     first = graph.add("Conv", graph.random(3, 2, 3, 3))
