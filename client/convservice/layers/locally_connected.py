@@ -9,23 +9,23 @@ from typing import Any, ClassVar
 from numpy.typing import ArrayLike, NDArray
 
 from convservice.errors import InvalidRequest, Reason
-from convservice.geometry import MAX_RANK, AxisWindow, Pads, Same, SampleShape, same_padding
+from convservice.geometry import MAX_RANK, SampleShape
 from convservice.layers.activation import Activation, activation_of
-from convservice.layers.base import Layer, ReceptiveField, split_shape, windowed_field
+from convservice.layers.base import ReceptiveField, split_shape, windowed_field
+from convservice.layers.sliding import Sliding
 from convservice.layers.weights import (
     check_channels,
     check_groups,
     check_rank,
     check_thresholds,
     digest_of,
-    group_channels,
 )
 from convservice.layers.windows import output_sizes, sample_of
 from convservice.parameters import integer, padding_of, per_axis
 from convservice.tensors import Tensor
 
 
-class LocallyConnected(Layer):
+class LocallyConnected(Sliding):
     """A locally connected layer: a `Conv` whose filters differ from position to position.
 
     y[o, i] = bias[o] + sum over c, k of weight[o, c, i, k] * x[c, i*stride + k*dilation - padding], then the
@@ -72,7 +72,7 @@ class LocallyConnected(Layer):
         self.thresholds = None if bias is None else Tensor.of(bias, "bias")
         self.stride = per_axis("stride", stride, self.rank, 1)
         self.dilation = per_axis("dilation", dilation, self.rank, 1)
-        self.padding: Same | Pads = padding_of(padding, self.rank)
+        self.padding = padding_of(padding, self.rank)
         self.groups = integer("groups", groups, 1)
         self.activation = activation_of(activation)
         shapes = [(self.out_channels,), (self.out_channels, *self.output_spatial)]
@@ -105,39 +105,9 @@ class LocallyConnected(Layer):
         return self.filters.shape[2 + self.rank :]
 
     @property
-    def out_channels(self) -> int:
-        """Channels of the feature map."""
-        return self.filters.shape[0]
-
-    @property
     def in_channels(self) -> int:
         """Channels of the input over all groups."""
         return self.filters.shape[1] * self.groups
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The filters, and the thresholds where there are any."""
-        return (self.filters,) if self.thresholds is None else (self.filters, self.thresholds)
-
-    def _axis(self, axis: int, size: int | None) -> AxisWindow:
-        kernel, stride, dilation = self.kernel[axis], self.stride[axis], self.dilation[axis]
-        if self.padding == "same":
-            before, after = same_padding(size, kernel, stride, dilation)
-        else:
-            before, after = self.padding[axis]
-        return AxisWindow(kernel, stride, dilation, before, after)
-
-    def window(self, sample: SampleShape) -> AxisWindow:
-        """The window along the first spatial axis."""
-        return self._axis(0, sample.rows)
-
-    def windows(self, sample: SampleShape) -> tuple[AxisWindow, ...]:
-        """The window along every spatial axis, `same` resolved for this sample."""
-        return tuple(self._axis(axis, size) for axis, size in enumerate(sample.spatial))
-
-    def seen_channels(self, channel: int) -> range:
-        """Those of the channel's group."""
-        return group_channels(channel, self.out_channels, self.in_channels, self.groups)
 
     @property
     def filter_size(self) -> int:
